@@ -1,0 +1,296 @@
+/*
+ * pyllama_core.h - the whole C API of the pyllama core, and its only declaration.
+ *
+ * The file is plain C99 and is read twice: by C compilers, and by pyllama/core.py, which hands it to cffi (ABI mode) after
+ * dropping the preprocessor lines. Keep it free of macros other than `#define NAME integer`.
+ *
+ * Conventions
+ *   - Functions that can fail return 0 (or an object) and fill `*err`; on failure they return -1 (or NULL).
+ *   - Sizes are in elements unless the name says bytes. Matrices are row-major, rows contiguous.
+ *   - No function keeps a pointer that its caller passed unless its comment says so.
+ *   - Nothing here is global: every state hangs on an object made by a `_new` function and ended by its `_free`.
+ */
+#ifndef PYLLAMA_CORE_H
+#define PYLLAMA_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- errors ------------------------------------------------------------------------------------------------------- */
+
+typedef struct pl_error {
+    char message[256]; /* UTF-8, empty when there was no error */
+} pl_error;
+
+/* ---- the machine -------------------------------------------------------------------------------------------------- */
+
+/* Name of the kernel set in use: "scalar", "avx2", "avx512", "neon". The environment variable PYLLAMA_CPU forces one
+ * (a set that this processor cannot run is refused and the best one is used). */
+const char *pl_cpu_name(void);
+
+/* ---- threads ------------------------------------------------------------------------------------------------------ */
+
+typedef struct pl_pool pl_pool;
+
+/* A pool of `n_threads` >= 1 threads, the caller of each call being one of them. */
+pl_pool *pl_pool_new(int32_t n_threads, pl_error *err);
+void pl_pool_free(pl_pool *pool);
+
+/* ---- tensors ------------------------------------------------------------------------------------------------------ */
+
+/* GGUF's numbers for the tensor types that the core reads. */
+enum pl_type {
+    PL_F32 = 0,
+    PL_F16 = 1,
+    PL_Q4_0 = 2,
+    PL_Q4_1 = 3,
+    PL_Q5_0 = 6,
+    PL_Q5_1 = 7,
+    PL_Q8_0 = 8,
+    PL_Q2_K = 10,
+    PL_Q3_K = 11,
+    PL_Q4_K = 12,
+    PL_Q5_K = 13,
+    PL_Q6_K = 14,
+    PL_BF16 = 30
+};
+
+/* Elements and bytes of one block of a type; both 0 for a type that the core does not know. */
+int32_t pl_type_block_elements(int32_t type);
+int32_t pl_type_block_bytes(int32_t type);
+
+/* Bytes of `n_rows` rows of `n_cols` elements, or -1 for an unknown type, a negative size, a row that is not whole
+ * blocks, or a product beyond 2^62. */
+int64_t pl_type_bytes(int32_t type, int64_t n_rows, int64_t n_cols);
+
+/* Expands `n` elements (whole blocks) of `type` at `data` (`n_bytes` long) into float32. */
+int32_t pl_dequantize(int32_t type, const void *data, int64_t n_bytes, int64_t n, float *out, pl_error *err);
+
+/* ---- weights ------------------------------------------------------------------------------------------------------ */
+
+/* One mapping that many matrices are laid into, so that large pages and mlock serve them all. */
+typedef struct pl_arena pl_arena;
+
+pl_arena *pl_arena_new(int64_t bytes, pl_error *err);
+void pl_arena_free(pl_arena *arena);
+int32_t pl_arena_lock(pl_arena *arena, pl_error *err);
+
+/* A matrix re-laid into panels of 16 rows for products. */
+typedef struct pl_weight pl_weight;
+
+/* Bytes that the matrix takes in an arena, or -1. */
+int64_t pl_weight_panel_bytes(int32_t type, int64_t n_rows, int64_t n_cols, pl_error *err);
+/* `data` holds n_rows x n_cols elements as GGUF stores them; it is read during the call only. `pool` may be NULL. The
+ * matrix lives in `arena`, which must outlive it (NULL: in memory of its own). */
+pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, const void *data, int64_t n_bytes,
+                         pl_pool *pool, pl_error *err);
+void pl_weight_free(pl_weight *w);
+/* Expands rows[0..n) into out[n][n_cols]. */
+int32_t pl_weight_rows(const pl_weight *w, const int32_t *rows, int32_t n, float *out, pl_error *err);
+/* out[n_tokens][n_rows] = x[n_tokens][n_cols] times the transpose of w; activations are quantized as in a program. */
+int32_t pl_weight_product(const pl_weight *w, const float *x, int32_t n_tokens, float *out, pl_pool *pool, pl_error *err);
+
+/* ---- keys and values ---------------------------------------------------------------------------------------------- */
+
+/* Tokens in a block. */
+#define PL_BLOCK_TOKENS 32
+
+enum pl_kv_type { PL_KV_F16 = 0, PL_KV_F32 = 1 };
+
+/* A pool of `n_blocks` blocks; a block holds K and V of PL_BLOCK_TOKENS tokens for all layers. */
+typedef struct pl_kv pl_kv;
+
+pl_kv *pl_kv_new(int32_t n_layers, int32_t n_blocks, int32_t n_head_kv, int32_t head_dim, int32_t type, pl_error *err);
+void pl_kv_free(pl_kv *kv);
+int64_t pl_kv_bytes(const pl_kv *kv);
+
+/* ---- programs ----------------------------------------------------------------------------------------------------- */
+
+/*
+ * A program is a flat list of ops over values. A value is a matrix with one row per token (PL_ROWS_TOKENS) or one per
+ * requested output (PL_ROWS_OUTPUTS), `width` columns wide, either float32 or quantized to int8 ("q8": int8 with a float
+ * scale per 32 columns, laid out as c_core/src/activations.h tells). Values live in slots:
+ * two values whose lives do not overlap may share one. `pl_program_new` checks every index and every width.
+ */
+enum pl_value_kind { PL_VALUE_F32 = 0, PL_VALUE_Q8 = 1 };
+enum pl_rows { PL_ROWS_TOKENS = 0, PL_ROWS_OUTPUTS = 1 };
+
+typedef struct pl_value {
+    int32_t kind;  /* enum pl_value_kind */
+    int32_t rows;  /* enum pl_rows */
+    int32_t width; /* columns */
+    int32_t slot;  /* which memory it lives in */
+} pl_value;
+
+/*
+ * kind              in                    out               weights / vectors        n, f
+ * PL_OP_EMBED       -                     x                 w0 = table               f0 = factor
+ * PL_OP_ROPE_TABLE  -                     cos|sin           v0 = inverse freqs[n/2]  n0 = n rotated, f0 = magnitude
+ * PL_OP_RMS_NORM    x                     y f32?, y q8?     v0 = factor[width]       f0 = epsilon
+ * PL_OP_NORM_ADD    residual, x           sum               v0 = factor[width]       f0 = epsilon: residual + norm(x)*v0
+ * PL_OP_QUANTIZE    x                     y q8
+ * PL_OP_ADD         a, b                  a + b
+ * PL_OP_SCALE       x                     f0 * x
+ * PL_OP_LINEAR      x, residual?          up to 3 (f32)     w0..w2, v0..v2 = biases? (out i = x times w i + bias i)
+ * PL_OP_GLU         x                     y f32?, y q8?     w0 = gate, w1 = up       n0 = enum pl_activation
+ * PL_OP_QKV         q, k, v, cos|sin?     q (in place)      v0, v1 = q/k head norm?  n: layer, n_head, rotated, rope kind
+ *                                                                                    f0 = epsilon, f1 = factor on q
+ * PL_OP_ATTENTION   q                     y f32             -                        n: layer, n_head, window (0: none)
+ *                                                                                    f0 = soft cap (0: none)
+ * PL_OP_SELECT      x (tokens)            y (outputs)
+ * PL_OP_HIDDEN      x (outputs)           -> batch.hidden
+ * PL_OP_LOGITS      x (outputs)           -> batch.logits   w0                       f0 = factor, f1 = soft cap (0: none)
+ */
+enum pl_op_kind {
+    PL_OP_EMBED = 0,
+    PL_OP_ROPE_TABLE = 1,
+    PL_OP_RMS_NORM = 2,
+    PL_OP_NORM_ADD = 3,
+    PL_OP_QUANTIZE = 4,
+    PL_OP_ADD = 5,
+    PL_OP_SCALE = 6,
+    PL_OP_LINEAR = 7,
+    PL_OP_GLU = 8,
+    PL_OP_QKV = 9,
+    PL_OP_ATTENTION = 10,
+    PL_OP_SELECT = 11,
+    PL_OP_HIDDEN = 12,
+    PL_OP_LOGITS = 13
+};
+
+enum pl_activation { PL_SILU = 0, PL_GELU_TANH = 1 };
+
+/* Which elements rotate together: neighbours (2i, 2i+1), or (i, i + n/2). */
+enum pl_rope_kind { PL_ROPE_PAIRS = 0, PL_ROPE_HALVES = 1 };
+
+typedef struct pl_op {
+    int32_t kind;   /* enum pl_op_kind */
+    int32_t in[4];  /* value numbers, -1 for none */
+    int32_t out[3]; /* value numbers, -1 for none */
+    int32_t n[4];
+    float f[2];
+    const pl_weight *w[3]; /* must outlive the program */
+    const float *v[3];     /* must outlive the program */
+    int64_t v_len[3];      /* elements of v */
+} pl_op;
+
+typedef struct pl_program pl_program;
+
+/* `kv` (NULL: no attention) and `pool` (NULL: one thread) must outlive the program. */
+pl_program *pl_program_new(const pl_op *ops, int32_t n_ops, const pl_value *values, int32_t n_values, int32_t n_slots,
+                           int32_t max_tokens, int32_t max_outputs, pl_kv *kv, pl_pool *pool, pl_error *err);
+void pl_program_free(pl_program *p);
+/* Bytes of working memory. */
+int64_t pl_program_bytes(const pl_program *p);
+
+/* One sequence's part of a batch: `n_tokens` new tokens that come after `n_past` tokens whose K and V are in `blocks`.
+ * The new tokens' K and V are written to positions n_past .. n_past + n_tokens - 1 of the same blocks. */
+typedef struct pl_sequence {
+    int32_t first;    /* index of the first new token in pl_batch.tokens */
+    int32_t n_tokens; /* new tokens */
+    int32_t n_past;
+    int32_t n_blocks;
+    const int32_t *blocks;
+} pl_sequence;
+
+typedef struct pl_batch {
+    int32_t n_tokens; /* 1 .. max_tokens, the sum of the sequences' n_tokens, in the sequences' order */
+    const int32_t *tokens;
+    int32_t n_sequences;
+    const pl_sequence *sequences;
+    int32_t n_outputs;      /* 0 .. max_outputs */
+    const int32_t *outputs; /* token indices, ascending */
+    float *logits;          /* [n_outputs][n_vocab], or NULL */
+    float *hidden;          /* [n_outputs][n_embd], or NULL */
+} pl_batch;
+
+/* Runs the program on `n_threads` of the pool's threads (0: all). Not to be called for one program, or one pool, from two
+ * threads at a time. */
+int32_t pl_run(pl_program *p, int32_t n_threads, const pl_batch *batch, pl_error *err);
+
+/* Copies K and V of positions [src_pos, src_pos + n) of one block list to positions [dst_pos, dst_pos + n) of another, and
+ * rotates K by dst_pos - src_pos with the rope of each layer in the program (nothing is rotated when the two are equal).
+ * The two ranges may not overlap in the same block. */
+int32_t pl_kv_copy(const pl_program *p, const int32_t *src_blocks, int32_t n_src, int32_t src_pos,
+                   const int32_t *dst_blocks, int32_t n_dst, int32_t dst_pos, int32_t n, pl_error *err);
+
+/* ---- sampling helpers (c_core/src/sampling.c) ---------------------------------------------------------------------- */
+
+/* ---- tokenizer helpers (c_core/src/bpe.c) -------------------------------------------------------------------------- */
+
+/* GGUF's numbers for the kinds of tokens. */
+enum pl_token_type {
+    PL_TOKEN_NORMAL = 1,
+    PL_TOKEN_UNKNOWN = 2,
+    PL_TOKEN_CONTROL = 3,
+    PL_TOKEN_USER_DEFINED = 4,
+    PL_TOKEN_UNUSED = 5,
+    PL_TOKEN_BYTE = 6
+};
+
+/* The texts of all tokens, found by number and by text. */
+typedef struct pl_vocab pl_vocab;
+
+/* The text of token i is the `sizes[i]` bytes at data[starts[i]]; an empty one is never found, and no two others may be
+ * equal. Everything is copied. */
+pl_vocab *pl_vocab_new(const uint8_t *data, int64_t n_data, const int64_t *starts, const int64_t *sizes, int64_t n_tokens,
+                       pl_error *err);
+void pl_vocab_free(pl_vocab *vocab);
+/* Bytes of all texts together. */
+int32_t pl_vocab_bytes(const pl_vocab *vocab);
+/* The token with this text, or -1. */
+int32_t pl_vocab_find(const pl_vocab *vocab, const uint8_t *text, int64_t n_bytes);
+/* Copies all texts, one after the other, to out[pl_vocab_bytes]; that of token i begins at starts[i], and
+ * starts[n_tokens] is where the last one ends. */
+void pl_vocab_texts(const pl_vocab *vocab, uint8_t *out, int32_t *starts);
+/* The same with the bytes that each token stands for in a text. Normal tokens are spelled in GPT-2's alphabet when
+ * `byte_level`, with U+2581 for spaces otherwise; user-defined ones are plain text; byte tokens are spelled <0xNN>; those
+ * of the other types are empty. `types` has one enum pl_token_type for each token. */
+int32_t pl_vocab_decode(const pl_vocab *vocab, const int32_t *types, int32_t byte_level, uint8_t *out, int32_t *starts,
+                        pl_error *err);
+
+/* Finds tokens that are matched in a text before anything else is. */
+typedef struct pl_splitter pl_splitter;
+
+/* `tokens` come in ascending order of their texts, compared byte by byte; none is empty. `vocab` must outlive it. */
+pl_splitter *pl_splitter_new(const pl_vocab *vocab, const int32_t *tokens, int32_t n_tokens, pl_error *err);
+void pl_splitter_free(pl_splitter *splitter);
+/* Cuts a text into pieces: piece i is sizes[i] bytes long and is tokens[i], or not a token of the splitter (-1). The
+ * leftmost match is taken, of several at one place the longest. Returns the number of pieces; with `sizes` NULL nothing
+ * is written. */
+int64_t pl_split(const pl_splitter *splitter, const uint8_t *text, int64_t n_bytes, int32_t *sizes, int32_t *tokens,
+                 pl_error *err);
+
+/* Byte-pair encoding: neighbouring symbols are merged, the best pair first (of equal ones the leftmost), until no pair is
+ * in the rules. */
+typedef struct pl_bpe pl_bpe;
+
+/* Rules in GPT-2's manner: symbols are bytes, spelled in its alphabet; merge i is "left right", and earlier ones are
+ * better. With `whole_first` a piece that is a token is taken as it stands. `vocab` must outlive the object. */
+pl_bpe *pl_bpe_new_ranked(const pl_vocab *vocab, const uint8_t *data, int64_t n_data, const int64_t *starts,
+                          const int64_t *sizes, int64_t n_merges, int32_t whole_first, pl_error *err);
+/* Rules in SentencePiece's manner: symbols are characters, with U+2581 for spaces; a pair may be merged when it makes a
+ * token, and those with a higher score are better. Characters that are no token become their bytes' tokens <0xNN>, or
+ * `unknown` (-1: nothing) where these are missing too. `vocab` must outlive the object. */
+pl_bpe *pl_bpe_new_scored(const pl_vocab *vocab, const float *scores, int64_t n_scores, int32_t unknown, pl_error *err);
+void pl_bpe_free(pl_bpe *bpe);
+/* Encodes a text that was cut into pieces: each is sizes[i] bytes long and already is tokens[i], or is to be encoded (-1).
+ * With `space_prefix` a space is put before a piece to be encoded that comes first or after a token. Returns the number
+ * of tokens written to out[n_out], of which 3 * (n_bytes + n_pieces) are always enough. */
+int64_t pl_bpe_encode(const pl_bpe *bpe, const uint8_t *text, int64_t n_bytes, const int32_t *sizes, const int32_t *tokens,
+                      int64_t n_pieces, int32_t space_prefix, int32_t *out, int64_t n_out, pl_error *err);
+
+
+/* ---- container helpers (c_core/src/gguf.c) ------------------------------------------------------------------------- */
+
+/* ---- machine limits, measured (c_core/src/measure.c) --------------------------------------------------------------- */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

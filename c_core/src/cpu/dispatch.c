@@ -1,0 +1,56 @@
+/* dispatch.c - which kernels this processor gets. */
+#include "kernels.h"
+
+#include <stdlib.h>
+
+static bool runs_anywhere(void) { return true; }
+
+#if defined(__x86_64__)
+static bool runs_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+static bool runs_avx512(void) {
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+static bool runs_neon(void) { return (getauxval(AT_HWCAP) & (1 << 20)) != 0; /* HWCAP_ASIMDDP: dot products */ }
+#elif defined(__aarch64__)
+static bool runs_neon(void) { return true; /* every Apple processor of this architecture has them */ }
+#endif
+
+typedef struct candidate {
+    bool (*runs)(void);
+    pl_cpu_set set;
+} candidate;
+
+/* Best first. */
+static const candidate candidates[] = {
+#if defined(__x86_64__)
+    {runs_avx512, {"avx512", &pl_kernels_avx512, &pl_attention_avx512}},
+    {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2}},
+#elif defined(__aarch64__)
+    {runs_neon, {"neon", &pl_kernels_neon, &pl_attention_neon}},
+#endif
+    {runs_anywhere, {"scalar", &pl_kernels_scalar, &pl_attention_scalar}},
+};
+
+const pl_cpu_set *pl_cpu(void) {
+    const char *wanted = getenv("PYLLAMA_CPU");
+    const pl_cpu_set *best = NULL;
+    for (size_t i = 0; i < sizeof candidates / sizeof *candidates; i++) {
+        if (!candidates[i].runs()) {
+            continue;
+        }
+        if (wanted && strcmp(wanted, candidates[i].set.name) == 0) {
+            return &candidates[i].set;
+        }
+        if (!best) {
+            best = &candidates[i].set;
+        }
+    }
+    return best;
+}
+
+PL_API const char *pl_cpu_name(void) { return pl_cpu()->name; }

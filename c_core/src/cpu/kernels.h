@@ -1,0 +1,48 @@
+/*
+ * kernels.h - what an instruction set brings: the product and row kernels. `pl_cpu()` gives the best set for this processor;
+ * every set is tested against `pl_kernels_scalar`. Attention's kernels are in attention_kernels.h.
+ */
+#ifndef PL_KERNELS_H
+#define PL_KERNELS_H
+
+#include "activations.h"
+#include "weights.h"
+
+/* out[lanes][16] = one panel of a quantized matrix times one tile of activations. */
+typedef void (*pl_panel_product)(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out);
+
+typedef struct pl_kernels {
+    int32_t max_lanes; /* rows of a tile, at most PL_MAX_LANES */
+
+    /* The product for a format and a number of lanes (1 .. max_lanes). */
+    pl_panel_product (*product)(const pl_format *format, int32_t lanes);
+    /* out[n][16] = one panel of a float matrix times n <= max_lanes rows of x (`stride` floats apart). */
+    void (*product_float)(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out);
+
+    /* Quantizes n_groups groups of 32 columns of one row into lane `lane` of a tile, from column group `first` on. */
+    void (*quantize)(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first);
+    /* y = x / sqrt(mean(x^2) + epsilon) * factor; y may be x. Zhang and Sennrich 2019. */
+    void (*rms_norm)(const float *x, const float *factor, float epsilon, int32_t n, float *y);
+    /* y = activation(gate) * up; y may be gate or up. */
+    void (*glu)(int32_t activation, const float *gate, const float *up, int32_t n, float *y);
+} pl_kernels;
+
+extern const pl_kernels pl_kernels_scalar;
+#if defined(__x86_64__)
+extern const pl_kernels pl_kernels_avx2, pl_kernels_avx512;
+#elif defined(__aarch64__)
+extern const pl_kernels pl_kernels_neon;
+#endif
+
+#include "attention_kernels.h"
+
+typedef struct pl_cpu_set {
+    const char *name;
+    const pl_kernels *kernels;
+    const pl_attention_kernels *attention;
+} pl_cpu_set;
+
+/* The set in use: the best that this processor runs, or the one that PYLLAMA_CPU names. */
+const pl_cpu_set *pl_cpu(void);
+
+#endif

@@ -1,0 +1,306 @@
+/*
+ * kernels_avx512.c - AVX-512 with VNNI.
+ *
+ * A register holds one 32-bit number for each of a panel's 16 rows. The product of a panel and a tile keeps one integer and
+ * one float accumulator a lane; four codes of each row meet four int8 of a lane in one VPDPBUSD, whose second operand is
+ * broadcast from memory, and after 32 (or 16) columns the integers are scaled into the floats. Codes are unpacked in
+ * registers on the way, once for all lanes.
+ */
+#if defined(__x86_64__)
+#include "kernels.h"
+
+#include <immintrin.h>
+#include <math.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Codes of columns 4i .. 4i+3 of a group, for 16 rows. The parameters before `low` are constants after inlining. */
+INLINE __m512i codes(int low_bits, int two_shift, int one_shift, const uint8_t *low, const uint8_t *two, const uint8_t *one,
+                     int i) {
+    __m512i u = _mm512_setzero_si512();
+    if (low_bits == 8) {
+        u = _mm512_load_si512(low + 64 * i);
+    } else if (low_bits == 4) {
+        u = _mm512_load_si512(low + 64 * (i % 4));
+        u = _mm512_and_si512(i < 4 ? u : _mm512_srli_epi16(u, 4), _mm512_set1_epi8(15));
+    }
+    if (two_shift >= 0) { /* bits 2(i%4).. of each byte go to bits two_shift.. */
+        __m512i bits = _mm512_load_si512(two + 64 * (i / 4));
+        const int shift = 2 * (i % 4) - two_shift;
+        bits = shift >= 0 ? _mm512_srli_epi16(bits, (unsigned)shift) : _mm512_slli_epi16(bits, (unsigned)-shift);
+        u = _mm512_ternarylogic_epi32(u, bits, _mm512_set1_epi8((char)(3 << two_shift)), 0xf8); /* u | (bits & mask) */
+    }
+    if (one_shift >= 0) {
+        __m512i bits = _mm512_load_si512(one);
+        const int shift = i - one_shift;
+        bits = shift >= 0 ? _mm512_srli_epi16(bits, (unsigned)shift) : _mm512_slli_epi16(bits, (unsigned)-shift);
+        u = _mm512_ternarylogic_epi32(u, bits, _mm512_set1_epi8((char)(1 << one_shift)), 0xf8);
+    }
+    return u;
+}
+
+INLINE __m512 halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE __m512 unsigned_bytes(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)); }
+
+/* d and m (to be subtracted) of 16 rows for sub-block `part` of a group. */
+INLINE void affine(int kind, int offset, const uint8_t *scales, int64_t group, int sub, int part, __m512 *d, __m512 *m) {
+    if (kind == PL_SCALES_D) {
+        *d = halves(scales + group * 32);
+        *m = _mm512_mul_ps(*d, _mm512_set1_ps((float)offset));
+    } else if (kind == PL_SCALES_DM) {
+        *d = halves(scales + group * 64);
+        *m = _mm512_xor_ps(halves(scales + group * 64 + 32), _mm512_set1_ps(-0.0f));
+    } else {
+        const uint8_t *p = scales + group / 8 * pl_scales_k_bytes(kind);
+        const int64_t j = sub == 32 ? group % 8 : group % 8 * 2 + part;
+        const __m512 big_d = halves(p);
+        if (kind == PL_SCALES_K32) {
+            *d = _mm512_mul_ps(big_d, unsigned_bytes(_mm_loadu_si128((const __m128i *)(p + 64 + 16 * j))));
+            *m = _mm512_mul_ps(halves(p + 32), unsigned_bytes(_mm_loadu_si128((const __m128i *)(p + 192 + 16 * j))));
+        } else if (kind == PL_SCALES_K16M) {
+            const __m128i both = _mm_loadu_si128((const __m128i *)(p + 64 + 16 * j)), nibble = _mm_set1_epi8(15);
+            *d = _mm512_mul_ps(big_d, unsigned_bytes(_mm_and_si128(both, nibble)));
+            *m = _mm512_mul_ps(halves(p + 32), unsigned_bytes(_mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
+        } else {
+            const __m128i factor = _mm_loadu_si128((const __m128i *)(p + 32 + 16 * j));
+            *d = _mm512_mul_ps(big_d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(factor)));
+            *m = _mm512_mul_ps(*d, _mm512_set1_ps((float)offset));
+        }
+    }
+}
+
+INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, const pl_weight *w,
+                    const uint8_t *panel, uint8_t *tile, float *out) {
+    const int32_t width = (int32_t)w->n_cols;
+    const int64_t groups = width / PL_GROUP;
+    const uint8_t *low = panel, *two = panel + w->two_at, *one = panel + w->one_at, *scales = panel + w->scales_at;
+    const uint8_t *q = tile;
+    const float *dx = pl_q8_d(tile, width, lanes);
+    const float *sums = sub == 32 ? pl_q8_sum32(tile, width, lanes) : pl_q8_sum16(tile, width, lanes);
+    const int parts = PL_GROUP / sub;
+    __m512 total[PL_MAX_LANES];
+#pragma GCC unroll 12
+    for (int t = 0; t < lanes; t++) {
+        total[t] = _mm512_setzero_ps();
+    }
+    for (int64_t group = 0; group < groups; group++) {
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; part++) {
+            __m512i sum[PL_MAX_LANES];
+#pragma GCC unroll 12
+            for (int t = 0; t < lanes; t++) {
+                sum[t] = _mm512_setzero_si512();
+            }
+#pragma GCC unroll 8
+            for (int i = part * (sub / 4); i < (part + 1) * (sub / 4); i++) {
+                const __m512i u = codes(low_bits, two_shift, one_shift, low, two, one, i);
+#pragma GCC unroll 12
+                for (int t = 0; t < lanes; t++) {
+                    int32_t four;
+                    memcpy(&four, q + (i * lanes + t) * 4, 4);
+                    sum[t] = _mm512_dpbusd_epi32(sum[t], u, _mm512_set1_epi32(four));
+                }
+            }
+            __m512 d, m;
+            affine(kind, offset, scales, group, sub, part, &d, &m);
+#pragma GCC unroll 12
+            for (int t = 0; t < lanes; t++) {
+                const __m512 scaled = _mm512_mul_ps(d, _mm512_set1_ps(dx[t]));
+                total[t] = _mm512_fmadd_ps(scaled, _mm512_cvtepi32_ps(sum[t]), total[t]);
+                total[t] = _mm512_fnmadd_ps(m, _mm512_set1_ps(sums[t]), total[t]);
+            }
+            sums += lanes;
+        }
+        low += PL_GROUP * PL_PANEL_ROWS * low_bits / 8;
+        two += two_shift >= 0 ? 128 : 0;
+        one += one_shift >= 0 ? 64 : 0;
+        q += PL_GROUP * lanes;
+        dx += lanes;
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < lanes; t++) {
+        _mm512_store_ps(out + t * PL_PANEL_ROWS, total[t]);
+    }
+}
+
+/* One function for each format and each number of lanes. */
+#define PRODUCT(name, lanes, ...)                                                                                           \
+    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out) {                       \
+        product(__VA_ARGS__, lanes, w, panel, tile, out);                                                                   \
+    }
+#define PRODUCTS(name, ...)                                                                                                 \
+    PRODUCT(name, 1, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 2, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 3, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 4, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 5, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 6, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 7, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 8, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 9, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 10, __VA_ARGS__)                                                                                          \
+    PRODUCT(name, 11, __VA_ARGS__)                                                                                          \
+    PRODUCT(name, 12, __VA_ARGS__)                                                                                          \
+    static const pl_panel_product name[] = {name##_1, name##_2, name##_3, name##_4,  name##_5,  name##_6,                   \
+                                            name##_7, name##_8, name##_9, name##_10, name##_11, name##_12};
+
+/*              low two one sub scales offset: as in formats.c */
+PRODUCTS(q4_0, 4, -1, -1, 32, PL_SCALES_D, 8)
+PRODUCTS(q4_1, 4, -1, -1, 32, PL_SCALES_DM, 0)
+PRODUCTS(q5_0, 4, -1, 4, 32, PL_SCALES_D, 16)
+PRODUCTS(q5_1, 4, -1, 4, 32, PL_SCALES_DM, 0)
+PRODUCTS(q8_0, 8, -1, -1, 32, PL_SCALES_D, 128)
+PRODUCTS(q2_k, 0, 0, -1, 16, PL_SCALES_K16M, 0)
+PRODUCTS(q3_k, 0, 0, 2, 16, PL_SCALES_K16, 4)
+PRODUCTS(q4_k, 4, -1, -1, 32, PL_SCALES_K32, 0)
+PRODUCTS(q5_k, 4, -1, 4, 32, PL_SCALES_K32, 0)
+PRODUCTS(q6_k, 4, 4, -1, 16, PL_SCALES_K16, 32)
+
+static pl_panel_product product_for(const pl_format *format, int32_t lanes) {
+    static const pl_panel_product *const by_type[] = {
+        [PL_Q4_0] = q4_0, [PL_Q4_1] = q4_1, [PL_Q5_0] = q5_0, [PL_Q5_1] = q5_1, [PL_Q8_0] = q8_0,
+        [PL_Q2_K] = q2_k, [PL_Q3_K] = q3_k, [PL_Q4_K] = q4_k, [PL_Q5_K] = q5_k, [PL_Q6_K] = q6_k,
+    };
+    return by_type[format->type][lanes - 1];
+}
+
+/* `chains` independent accumulators a lane hide the latency of the multiply-add when there are few lanes. */
+INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
+                            int64_t stride, float *out) {
+    __m512 total[PL_MAX_LANES];
+#pragma GCC unroll 12
+    for (int t = 0; t < lanes * chains; t++) {
+        total[t] = _mm512_setzero_ps();
+    }
+    for (int64_t c = 0; c < columns; c += chains) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < chains; chain++) {
+            if (c + chain >= columns) {
+                break;
+            }
+            const int64_t at = (c + chain) * PL_PANEL_ROWS;
+            __m512 u;
+            if (type == PL_F32) {
+                u = _mm512_loadu_ps((const float *)panel + at);
+            } else if (type == PL_F16) {
+                u = halves(panel + 2 * at);
+            } else {
+                const __m256i bits = _mm256_loadu_si256((const __m256i *)(panel + 2 * at));
+                u = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+            }
+#pragma GCC unroll 12
+            for (int t = 0; t < lanes; t++) {
+                total[t * chains + chain] =
+                    _mm512_fmadd_ps(u, _mm512_set1_ps(x[t * stride + c + chain]), total[t * chains + chain]);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < lanes; t++) {
+        for (int chain = 1; chain < chains; chain++) {
+            total[t * chains] = _mm512_add_ps(total[t * chains], total[t * chains + chain]);
+        }
+        _mm512_store_ps(out + t * PL_PANEL_ROWS, total[t * chains]);
+    }
+}
+
+INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
+                               float *out) {
+    while (n >= 4) {
+        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out);
+        x += 4 * stride;
+        out += 4 * PL_PANEL_ROWS;
+        n -= 4;
+    }
+    for (; n > 0; n--, x += stride, out += PL_PANEL_ROWS) {
+        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out);
+    }
+}
+
+static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out) {
+    switch (w->format->type) {
+    case PL_F32:
+        product_float_type(PL_F32, w, panel, x, stride, n, out);
+        break;
+    case PL_F16:
+        product_float_type(PL_F16, w, panel, x, stride, n, out);
+        break;
+    default:
+        product_float_type(PL_BF16, w, panel, x, stride, n, out);
+        break;
+    }
+}
+
+static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
+    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
+        const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+        const float scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b))) / 127.0f;
+        const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
+        const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+        const float sum_a = scale * (float)_mm512_reduce_add_epi32(qa), sum_b = scale * (float)_mm512_reduce_add_epi32(qb);
+        _Alignas(16) int32_t fours[8];
+        _mm_store_si128((__m128i *)fours, _mm512_cvtsepi32_epi8(qa));
+        _mm_store_si128((__m128i *)(fours + 4), _mm512_cvtsepi32_epi8(qb));
+        int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + lane;
+        for (int i = 0; i < 8; i++) {
+            to[i * lanes] = fours[i];
+        }
+        d[g * lanes + lane] = scale;
+        sum32[g * lanes + lane] = scale * (float)(_mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb)));
+        sum16[2 * g * lanes + lane] = sum_a;
+        sum16[(2 * g + 1) * lanes + lane] = sum_b;
+    }
+}
+
+INLINE __mmask16 tail(int32_t left) { return (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1); }
+
+static void rms_norm(const float *x, const float *factor, float epsilon, int32_t n, float *y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int32_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(tail(n - i), x + i);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)n + epsilon));
+    for (int32_t i = 0; i < n; i += 16) {
+        const __mmask16 mask = tail(n - i);
+        const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
+        _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, factor + i)));
+    }
+}
+
+/* e^x: 2^n times a polynomial in the rest, |rest| <= ln(2)/2; the polynomial is Cephes' expf's (Moshier). */
+INLINE __m512 exp_ps(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Both activations are gate times a logistic function: silu of gate itself; gelu's 0.5 (1 + tanh z) is logistic(2z). */
+static void glu(int32_t activation, const float *gate, const float *up, int32_t n, float *y) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (int32_t i = 0; i < n; i += 16) {
+        const __mmask16 mask = tail(n - i);
+        const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
+        __m512 z = g;
+        if (activation == PL_GELU_TANH) {
+            const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(0.044715f), one);
+            z = _mm512_mul_ps(_mm512_mul_ps(g, cubic), _mm512_set1_ps(2 * 0.79788456f));
+        }
+        const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), z));
+        const __m512 v = _mm512_div_ps(_mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i)), _mm512_add_ps(one, e));
+        _mm512_mask_storeu_ps(y + i, mask, v);
+    }
+}
+
+const pl_kernels pl_kernels_avx512 = {12, product_for, product_float, quantize, rms_norm, glu};
+#endif

@@ -1,0 +1,102 @@
+/* kernels_scalar.c - the reference: plain C, one element after another, in the order in which the formulas read. */
+#include "kernels.h"
+
+#include <math.h>
+
+static void product(const pl_weight *w, const uint8_t *panel, uint8_t *tile, int32_t lanes, float *out) {
+    const int32_t width = (int32_t)w->n_cols;
+    const int64_t first_row = (panel - w->panels) / w->panel_bytes * PL_PANEL_ROWS;
+    const int8_t *q = (const int8_t *)tile;
+    const float *dx = pl_q8_d(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    memset(out, 0, sizeof(float) * (size_t)lanes * PL_PANEL_ROWS);
+    for (int r = 0; r < PL_PANEL_ROWS; r++) {
+        for (int32_t group = 0; group < width / PL_GROUP; group++) {
+            uint8_t codes[PL_GROUP];
+            float d[2], m[2];
+            pl_weight_group(w, first_row + r, group, codes, d, m);
+            for (int t = 0; t < lanes; t++) {
+                for (int half = 0; half < 2; half++) {
+                    int32_t sum = 0;
+                    for (int k = 16 * half; k < 16 * half + 16; k++) {
+                        sum += codes[k] * q[((group * PL_GROUP + k) / 4 * lanes + t) * 4 + k % 4];
+                    }
+                    out[t * PL_PANEL_ROWS + r] +=
+                        d[half] * dx[group * lanes + t] * (float)sum - m[half] * sum16[(2 * group + half) * lanes + t];
+                }
+            }
+        }
+    }
+}
+
+#define PRODUCT(lanes)                                                                                                      \
+    static void product_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out) {                      \
+        product(w, panel, tile, lanes, out);                                                                                \
+    }
+PRODUCT(1)
+PRODUCT(2)
+PRODUCT(3)
+PRODUCT(4)
+
+static pl_panel_product product_for(const pl_format *format, int32_t lanes) {
+    static const pl_panel_product by_lanes[] = {product_1, product_2, product_3, product_4};
+    (void)format;
+    return by_lanes[lanes - 1];
+}
+
+static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out) {
+    const int64_t first_row = (panel - w->panels) / w->panel_bytes * PL_PANEL_ROWS;
+    for (int32_t t = 0; t < n; t++) {
+        for (int r = 0; r < PL_PANEL_ROWS; r++) {
+            float sum = 0;
+            for (int64_t c = 0; c < w->n_cols; c++) {
+                sum += pl_weight_float(w, first_row + r, c) * x[t * stride + c];
+            }
+            out[t * PL_PANEL_ROWS + r] = sum;
+        }
+    }
+}
+
+static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
+    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
+        float largest = 0;
+        for (int j = 0; j < PL_GROUP; j++) {
+            largest = fmaxf(largest, fabsf(x[j]));
+        }
+        const float scale = largest / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        int32_t sum[2] = {0, 0};
+        for (int j = 0; j < PL_GROUP; j++) {
+            const int32_t q = (int32_t)fminf(fmaxf(rintf(x[j] * inverse), -127.0f), 127.0f);
+            sum[j / 16] += q;
+            ((int8_t *)tile)[((g * PL_GROUP + j) / 4 * lanes + lane) * 4 + j % 4] = (int8_t)q;
+        }
+        d[g * lanes + lane] = scale;
+        sum32[g * lanes + lane] = scale * (float)(sum[0] + sum[1]);
+        sum16[2 * g * lanes + lane] = scale * (float)sum[0];
+        sum16[(2 * g + 1) * lanes + lane] = scale * (float)sum[1];
+    }
+}
+
+static void rms_norm(const float *x, const float *factor, float epsilon, int32_t n, float *y) {
+    float squares = 0;
+    for (int32_t i = 0; i < n; i++) {
+        squares += x[i] * x[i];
+    }
+    const float scale = 1.0f / sqrtf(squares / (float)n + epsilon);
+    for (int32_t i = 0; i < n; i++) {
+        y[i] = x[i] * scale * factor[i];
+    }
+}
+
+static void glu(int32_t activation, const float *gate, const float *up, int32_t n, float *y) {
+    for (int32_t i = 0; i < n; i++) {
+        const float g = gate[i];
+        if (activation == PL_SILU) {
+            y[i] = g / (1.0f + expf(-g)) * up[i];
+        } else { /* the tanh form: Hendrycks and Gimpel 2016 */
+            y[i] = 0.5f * g * (1.0f + tanhf(0.79788456f * (g + 0.044715f * g * g * g))) * up[i];
+        }
+    }
+}
+
+const pl_kernels pl_kernels_scalar = {4, product_for, product_float, quantize, rms_norm, glu};

@@ -1,0 +1,506 @@
+/*
+ * ops.c - the ops of a program, each called by all members of the team.
+ *
+ * An op divides its work among the members, either evenly by rows or by claiming items from a shared counter (products:
+ * a machine's cores are seldom equally fast). Ops need no locks: what one writes, another reads after the barrier between.
+ */
+#include "program.h"
+
+#include <math.h>
+
+/* A share of 0 .. n - 1 for this member. */
+static void even_share(const pl_member *member, int32_t n, int32_t *first, int32_t *last) {
+    *first = (int32_t)((int64_t)n * member->index / member->count);
+    *last = (int32_t)((int64_t)n * (member->index + 1) / member->count);
+}
+
+static void *data_of(const pl_run_state *s, int32_t value) {
+    return s->program->slots[s->program->values[value].slot];
+}
+
+static int32_t rows_of(const pl_run_state *s, int32_t value) {
+    return s->program->values[value].rows == PL_ROWS_TOKENS ? s->batch->n_tokens : s->batch->n_outputs;
+}
+
+static int32_t width_of(const pl_run_state *s, int32_t value) { return s->program->values[value].width; }
+
+static pl_q8 q8_of(const pl_run_state *s, int32_t value) {
+    return pl_q8_view(data_of(s, value), width_of(s, value), rows_of(s, value), s->program->cpu->kernels->max_lanes);
+}
+
+static void quantize_row(const pl_kernels *k, const float *x, const pl_q8 *q, int32_t row) {
+    k->quantize(x, q->width / PL_GROUP, pl_q8_tile(q, row / q->lanes), q->width, q->lanes, row % q->lanes, 0);
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------------ */
+
+/* What a product reads: tiles of quantized rows, or float rows; `n_tiles` of `lanes` rows either way. */
+typedef struct operand {
+    bool quantized;
+    pl_q8 q8;
+    const float *x;
+    int64_t stride;
+    int32_t n_rows, lanes, n_tiles;
+    int64_t tile_bytes;
+} operand;
+
+static operand quantized_operand(pl_q8 q) {
+    return (operand){.quantized = true, .q8 = q, .n_rows = q.n_rows, .lanes = q.lanes, .n_tiles = q.n_tiles,
+                     .tile_bytes = q.tile_bytes};
+}
+
+static operand float_operand(const float *x, int32_t width, int32_t n_rows, int32_t max_lanes) {
+    return (operand){.x = x, .stride = width, .n_rows = n_rows, .lanes = max_lanes,
+                     .n_tiles = (n_rows + max_lanes - 1) / max_lanes, .tile_bytes = (int64_t)width * max_lanes * 4};
+}
+
+static operand operand_of(const pl_run_state *s, int32_t value) {
+    if (s->program->values[value].kind == PL_VALUE_Q8) {
+        return quantized_operand(q8_of(s, value));
+    }
+    return float_operand(data_of(s, value), width_of(s, value), rows_of(s, value), s->program->cpu->kernels->max_lanes);
+}
+
+/* out[lanes][16] of one panel and one tile. */
+static void panel_times_tile(const pl_kernels *k, const pl_weight *w, int64_t panel, const operand *x, int32_t tile, float *out) {
+    const uint8_t *p = pl_weight_panel(w, panel);
+    if (x->quantized) {
+        k->product(w->format, x->lanes)(w, p, pl_q8_tile(&x->q8, tile), out);
+    } else {
+        const int32_t first = tile * x->lanes;
+        k->product_float(w, p, x->x + first * x->stride, x->stride, PL_MIN(x->lanes, x->n_rows - first), out);
+    }
+}
+
+/*
+ * Claims of a product's work: `n_units` row units (panels, or pairs of them) times the tiles. Tiles are taken in chunks that
+ * stay in the second-level cache while the units pass over them.
+ */
+typedef struct work {
+    int64_t n_units, units_per_claim, claims_per_chunk;
+    int32_t tiles_per_chunk, n_tiles;
+} work;
+
+static work divide(int64_t n_units, const operand *x, int32_t members) {
+    enum { CHUNK_BYTES = 512 << 10, MOST_UNITS = 8, CLAIMS_PER_MEMBER = 8 };
+    work d = {.n_units = n_units, .n_tiles = x->n_tiles};
+    d.tiles_per_chunk = (int32_t)PL_MAX(1, PL_MIN(CHUNK_BYTES / x->tile_bytes, x->n_tiles));
+    d.units_per_claim = PL_MAX(1, PL_MIN(MOST_UNITS, n_units / (CLAIMS_PER_MEMBER * members)));
+    d.claims_per_chunk = (n_units + d.units_per_claim - 1) / d.units_per_claim;
+    return d;
+}
+
+typedef struct claim {
+    int64_t first_unit, last_unit;
+    int32_t first_tile, last_tile;
+} claim;
+
+static bool next_claim(const work *d, atomic_int *counter, claim *c) {
+    const int64_t number = pl_claim(counter), chunk = number / d->claims_per_chunk;
+    if (chunk * d->tiles_per_chunk >= d->n_tiles) {
+        return false;
+    }
+    c->first_unit = number % d->claims_per_chunk * d->units_per_claim;
+    c->last_unit = PL_MIN(c->first_unit + d->units_per_claim, d->n_units);
+    c->first_tile = (int32_t)(chunk * d->tiles_per_chunk);
+    c->last_tile = PL_MIN(c->first_tile + d->tiles_per_chunk, d->n_tiles);
+    return true;
+}
+
+/* Where a product's result goes: out = result + bias + residual, rows `stride` floats apart. */
+typedef struct destination {
+    const pl_weight *w;
+    float *out;
+    const float *bias, *residual;
+    int64_t stride;
+} destination;
+
+static void deliver(const destination *to, int64_t panel, const operand *x, int32_t tile, const float *result) {
+    const int64_t column = panel * PL_PANEL_ROWS;
+    const int32_t n = (int32_t)PL_MIN(PL_PANEL_ROWS, to->w->n_rows - column);
+    const int32_t first = tile * x->lanes, rows = PL_MIN(x->lanes, x->n_rows - first);
+    for (int32_t t = 0; t < rows; t++) {
+        const int64_t at = (first + t) * to->stride + column;
+        const float *r = result + t * PL_PANEL_ROWS;
+        float *y = to->out + at;
+        if (to->residual) {
+            for (int32_t i = 0; i < n; i++) {
+                y[i] = r[i] + to->residual[at + i];
+            }
+        } else {
+            memcpy(y, r, sizeof(float) * (size_t)n);
+        }
+        for (int32_t i = 0; to->bias && i < n; i++) {
+            y[i] += to->bias[column + i];
+        }
+    }
+}
+
+static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, const operand *x, atomic_int *counter,
+                     const pl_member *member) {
+    _Alignas(64) float result[PL_MAX_LANES * PL_PANEL_ROWS];
+    int64_t panels = 0;
+    for (int32_t i = 0; i < n_to; i++) {
+        panels += to[i].w->n_panels;
+    }
+    const work d = divide(panels, x, member->count);
+    claim c;
+    while (next_claim(&d, counter, &c)) {
+        for (int64_t unit = c.first_unit; unit < c.last_unit; unit++) {
+            const destination *t = to;
+            int64_t panel = unit;
+            while (panel >= t->w->n_panels) {
+                panel -= t->w->n_panels;
+                t++;
+            }
+            for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
+                panel_times_tile(k, t->w, panel, x, tile, result);
+                deliver(t, panel, x, tile, result);
+            }
+        }
+    }
+}
+
+static void op_linear(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
+    destination to[3];
+    int32_t n = 0;
+    for (; n < 3 && op->out[n] >= 0; n++) {
+        to[n] = (destination){op->w[n], data_of(s, op->out[n]), op->v[n], op->in[1] < 0 ? NULL : data_of(s, op->in[1]),
+                              op->w[n]->n_rows};
+    }
+    const operand x = operand_of(s, op->in[0]);
+    multiply(s->program->cpu->kernels, to, n, &x, &counters[0], member);
+}
+
+static void op_logits(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
+    if (!s->batch->logits || !s->batch->n_outputs) {
+        return;
+    }
+    const destination to = {op->w[0], s->batch->logits, NULL, NULL, op->w[0]->n_rows};
+    const operand x = operand_of(s, op->in[0]);
+    multiply(s->program->cpu->kernels, &to, 1, &x, &counters[0], member);
+    const float factor = op->f[0], cap = op->f[1];
+    if (factor == 1.0f && cap == 0.0f) {
+        return;
+    }
+    pl_barrier(member);
+    int32_t first, last;
+    even_share(member, (int32_t)op->w[0]->n_rows, &first, &last);
+    for (int32_t row = 0; row < s->batch->n_outputs; row++) {
+        float *y = s->batch->logits + row * op->w[0]->n_rows;
+        for (int32_t i = first; i < last; i++) {
+            y[i] *= factor;
+            if (cap != 0.0f) {
+                y[i] = cap * tanhf(y[i] / cap);
+            }
+        }
+    }
+}
+
+/* Gate and up products of 32 columns at a time (two panels each), activated and quantized while they are in cache. */
+static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
+    enum { UNIT = 2 * PL_PANEL_ROWS };
+    _Alignas(64) float result[PL_MAX_LANES * PL_PANEL_ROWS];
+    float gate[PL_MAX_LANES][UNIT], up[PL_MAX_LANES][UNIT];
+    const pl_kernels *k = s->program->cpu->kernels;
+    const operand x = operand_of(s, op->in[0]);
+    const int32_t width = (int32_t)op->w[0]->n_rows;
+    float *y = op->out[0] < 0 ? NULL : data_of(s, op->out[0]);
+    const pl_q8 q = op->out[1] < 0 ? (pl_q8){0} : q8_of(s, op->out[1]);
+    const work d = divide((width + UNIT - 1) / UNIT, &x, member->count);
+    claim c;
+    while (next_claim(&d, &counters[0], &c)) {
+        for (int64_t unit = c.first_unit; unit < c.last_unit; unit++) {
+            const int32_t columns = (int32_t)PL_MIN(UNIT, width - unit * UNIT);
+            for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
+                const int32_t first = tile * x.lanes, rows = PL_MIN(x.lanes, x.n_rows - first);
+                for (int32_t panel = 0; panel * PL_PANEL_ROWS < columns; panel++) {
+                    for (int32_t which = 0; which < 2; which++) {
+                        panel_times_tile(k, op->w[which], 2 * unit + panel, &x, tile, result);
+                        for (int32_t t = 0; t < rows; t++) {
+                            memcpy((which ? up : gate)[t] + panel * PL_PANEL_ROWS, result + t * PL_PANEL_ROWS,
+                                   sizeof(float) * PL_PANEL_ROWS);
+                        }
+                    }
+                }
+                for (int32_t t = 0; t < rows; t++) {
+                    k->glu(op->n[0], gate[t], up[t], columns, gate[t]);
+                    if (y) {
+                        memcpy(y + (int64_t)(first + t) * width + unit * UNIT, gate[t], sizeof(float) * (size_t)columns);
+                    }
+                    if (q.base) {
+                        const int32_t row = first + t;
+                        k->quantize(gate[t], 1, pl_q8_tile(&q, row / q.lanes), width, q.lanes, row % q.lanes, (int32_t)unit);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* ---- rows ---------------------------------------------------------------------------------------------------------- */
+
+static void op_embed(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    const int32_t width = width_of(s, op->out[0]);
+    int32_t first, last;
+    even_share(member, s->batch->n_tokens, &first, &last);
+    float *x = (float *)data_of(s, op->out[0]) + (int64_t)first * width;
+    pl_weight_rows(op->w[0], s->batch->tokens + first, last - first, x, NULL); /* pl_run has checked the tokens */
+    for (int64_t i = 0; op->f[0] != 1.0f && i < (int64_t)(last - first) * width; i++) {
+        x[i] *= op->f[0];
+    }
+}
+
+/* cos and sin of every token at its position. */
+static void op_rope_table(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    const int32_t half = op->n[0] / 2;
+    int32_t first, last;
+    even_share(member, s->batch->n_tokens, &first, &last);
+    for (int32_t i = 0; i < s->batch->n_sequences; i++) {
+        const pl_sequence *sequence = &s->batch->sequences[i];
+        const int32_t from = PL_MAX(first, sequence->first), to = PL_MIN(last, sequence->first + sequence->n_tokens);
+        for (int32_t t = from; t < to; t++) {
+            float *row = (float *)data_of(s, op->out[0]) + (int64_t)t * 2 * half;
+            const double position = sequence->n_past + t - sequence->first;
+            for (int32_t j = 0; j < half; j++) {
+                const double angle = position * (double)op->v[0][j];
+                row[j] = (float)cos(angle) * op->f[0];
+                row[half + j] = (float)sin(angle) * op->f[0];
+            }
+        }
+    }
+}
+
+static void op_rms_norm(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    enum { ON_STACK = 8192 };
+    const pl_kernels *k = s->program->cpu->kernels;
+    const int32_t width = width_of(s, op->in[0]);
+    const float *x = data_of(s, op->in[0]);
+    float *y = op->out[0] < 0 ? NULL : data_of(s, op->out[0]);
+    const pl_q8 q = op->out[1] < 0 ? (pl_q8){0} : q8_of(s, op->out[1]);
+    float row_memory[ON_STACK];
+    int32_t first, last;
+    even_share(member, rows_of(s, op->in[0]), &first, &last);
+    for (int32_t row = first; row < last; row++) {
+        float *normed = y ? y + (int64_t)row * width : row_memory; /* program.c sees to it that it fits */
+        k->rms_norm(x + (int64_t)row * width, op->v[0], op->f[0], width, normed);
+        if (q.base) {
+            quantize_row(k, normed, &q, row);
+        }
+    }
+}
+
+static void op_norm_add(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    const int32_t width = width_of(s, op->in[0]);
+    const float *residual = data_of(s, op->in[0]), *x = data_of(s, op->in[1]);
+    float *y = data_of(s, op->out[0]);
+    int32_t first, last;
+    even_share(member, rows_of(s, op->in[0]), &first, &last);
+    for (int64_t row = first; row < last; row++) {
+        float *sum = y + row * width;
+        s->program->cpu->kernels->rms_norm(x + row * width, op->v[0], op->f[0], width, sum);
+        for (int32_t i = 0; i < width; i++) {
+            sum[i] += residual[row * width + i];
+        }
+    }
+}
+
+static void op_quantize(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    const float *x = data_of(s, op->in[0]);
+    const pl_q8 q = q8_of(s, op->out[0]);
+    int32_t first, last;
+    even_share(member, q.n_rows, &first, &last);
+    for (int32_t row = first; row < last; row++) {
+        quantize_row(s->program->cpu->kernels, x + (int64_t)row * q.width, &q, row);
+    }
+}
+
+static void op_add(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    const int32_t width = width_of(s, op->out[0]);
+    const float *a = data_of(s, op->in[0]), *b = data_of(s, op->in[1]);
+    float *y = data_of(s, op->out[0]);
+    int32_t first, last;
+    even_share(member, rows_of(s, op->out[0]), &first, &last);
+    for (int64_t i = (int64_t)first * width; i < (int64_t)last * width; i++) {
+        y[i] = a[i] + b[i];
+    }
+}
+
+static void op_scale(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    const int32_t width = width_of(s, op->out[0]);
+    const float *x = data_of(s, op->in[0]);
+    float *y = data_of(s, op->out[0]);
+    int32_t first, last;
+    even_share(member, rows_of(s, op->out[0]), &first, &last);
+    for (int64_t i = (int64_t)first * width; i < (int64_t)last * width; i++) {
+        y[i] = op->f[0] * x[i];
+    }
+}
+
+static void op_select(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    const int32_t width = width_of(s, op->out[0]);
+    const float *x = data_of(s, op->in[0]);
+    float *y = data_of(s, op->out[0]);
+    int32_t first, last;
+    even_share(member, s->batch->n_outputs, &first, &last);
+    for (int32_t row = first; row < last; row++) {
+        memcpy(y + (int64_t)row * width, x + (int64_t)s->batch->outputs[row] * width, sizeof(float) * (size_t)width);
+    }
+}
+
+static void op_hidden(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    if (s->batch->hidden && member->index == 0) {
+        memcpy(s->batch->hidden, data_of(s, op->in[0]),
+               sizeof(float) * (size_t)s->batch->n_outputs * (size_t)width_of(s, op->in[0]));
+    }
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------------------- */
+
+/* Su et al. 2021. `table` is cos[n/2], sin[n/2]. */
+static void rotate(float *x, const float *table, int32_t n, int32_t kind) {
+    const float *cosine = table, *sine = table + n / 2;
+    const int32_t step = kind == PL_ROPE_PAIRS ? 2 : 1, apart = kind == PL_ROPE_PAIRS ? 1 : n / 2;
+    for (int32_t i = 0; i < n / 2; i++) {
+        float *a = x + i * step, *b = a + apart;
+        const float x0 = *a, x1 = *b;
+        *a = x0 * cosine[i] - x1 * sine[i];
+        *b = x0 * sine[i] + x1 * cosine[i];
+    }
+}
+
+/* One head of one token: norm, rotation, factor. */
+static void prepare_head(const pl_run_state *s, const pl_op *op, float *x, const float *norm, const float *table,
+                         float factor, int32_t head_dim) {
+    if (norm) {
+        s->program->cpu->kernels->rms_norm(x, norm, op->f[0], head_dim, x);
+    }
+    if (table) {
+        rotate(x, table, op->n[2], op->n[3]);
+    }
+    for (int32_t i = 0; factor != 1.0f && i < head_dim; i++) {
+        x[i] *= factor;
+    }
+}
+
+/* Prepares q in place, k in place, and stores k and v; an item is up to 32 tokens of a sequence and one group of heads. */
+static void op_qkv(const pl_run_state *s, const pl_op *op, const pl_member *member) {
+    pl_kv *kv = s->program->kv;
+    const int32_t n_head = op->n[1], group = n_head / kv->n_head_kv, head_dim = kv->head_dim;
+    const int64_t q_stride = (int64_t)n_head * head_dim, kv_stride = (int64_t)kv->n_head_kv * head_dim;
+    float *q = data_of(s, op->in[0]), *k = data_of(s, op->in[1]), *v = data_of(s, op->in[2]);
+    const float *tables = op->in[3] < 0 ? NULL : data_of(s, op->in[3]);
+    int32_t item = 0;
+    for (int32_t i = 0; i < s->batch->n_sequences; i++) {
+        const pl_sequence *sequence = &s->batch->sequences[i];
+        for (int32_t first = 0; first < sequence->n_tokens; first += PL_BLOCK_TOKENS) {
+            const int32_t n = PL_MIN(PL_BLOCK_TOKENS, sequence->n_tokens - first);
+            for (int32_t head = 0; head < kv->n_head_kv; head++) {
+                if (item++ % member->count != member->index) {
+                    continue;
+                }
+                for (int64_t t = sequence->first + first; t < sequence->first + first + n; t++) {
+                    const float *table = tables ? tables + t * op->n[2] : NULL;
+                    for (int32_t h = head * group; h < (head + 1) * group; h++) {
+                        prepare_head(s, op, q + t * q_stride + (int64_t)h * head_dim, op->v[0], table, op->f[1], head_dim);
+                    }
+                    prepare_head(s, op, k + t * kv_stride + (int64_t)head * head_dim, op->v[1], table, 1.0f, head_dim);
+                }
+                const int64_t at = (int64_t)(sequence->first + first) * kv_stride + (int64_t)head * head_dim;
+                pl_kv_store(kv, op->n[0], sequence, head, first, n, k + at, v + at, kv_stride);
+            }
+        }
+    }
+}
+
+static void op_attention(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
+    const pl_attention_args args = {
+        .kernels = s->program->cpu->attention,
+        .kv = s->program->kv,
+        .layer = op->n[0],
+        .n_head = op->n[1],
+        .window = op->n[2],
+        .softcap = op->f[0],
+        .sequences = s->batch->sequences,
+        .n_sequences = s->batch->n_sequences,
+        .n_tokens = s->batch->n_tokens,
+        .q = data_of(s, op->in[0]),
+        .out = data_of(s, op->out[0]),
+    };
+    pl_attention_run(&args, s->program->attention_scratch, counters, member);
+}
+
+/* ---- the run ------------------------------------------------------------------------------------------------------- */
+
+void pl_run_ops(void *run_state, const pl_member *member) {
+    const pl_run_state *s = run_state;
+    for (int32_t i = 0; i < s->program->n_ops; i++) {
+        const pl_op *op = &s->program->ops[i];
+        atomic_int *counters = s->program->counters[i];
+        switch (op->kind) {
+        case PL_OP_EMBED:
+            op_embed(s, op, member);
+            break;
+        case PL_OP_ROPE_TABLE:
+            op_rope_table(s, op, member);
+            break;
+        case PL_OP_RMS_NORM:
+            op_rms_norm(s, op, member);
+            break;
+        case PL_OP_NORM_ADD:
+            op_norm_add(s, op, member);
+            break;
+        case PL_OP_QUANTIZE:
+            op_quantize(s, op, member);
+            break;
+        case PL_OP_ADD:
+            op_add(s, op, member);
+            break;
+        case PL_OP_SCALE:
+            op_scale(s, op, member);
+            break;
+        case PL_OP_LINEAR:
+            op_linear(s, op, counters, member);
+            break;
+        case PL_OP_GLU:
+            op_glu(s, op, counters, member);
+            break;
+        case PL_OP_QKV:
+            op_qkv(s, op, member);
+            break;
+        case PL_OP_ATTENTION:
+            op_attention(s, op, counters, member);
+            break;
+        case PL_OP_SELECT:
+            op_select(s, op, member);
+            break;
+        case PL_OP_HIDDEN:
+            op_hidden(s, op, member);
+            break;
+        default: /* PL_OP_LOGITS; pl_program_new lets no other kind pass */
+            op_logits(s, op, counters, member);
+            break;
+        }
+        pl_barrier(member);
+    }
+}
+
+void pl_run_product(void *job_pointer, const pl_member *member) {
+    pl_product_job *job = job_pointer;
+    const int32_t width = (int32_t)job->w->n_cols, lanes = job->cpu->kernels->max_lanes;
+    operand x;
+    if (job->q8) {
+        const pl_q8 q = pl_q8_view(job->q8, width, job->n, lanes);
+        int32_t first, last;
+        even_share(member, job->n, &first, &last);
+        for (int32_t row = first; row < last; row++) {
+            quantize_row(job->cpu->kernels, job->x + (int64_t)row * width, &q, row);
+        }
+        pl_barrier(member);
+        x = quantized_operand(q);
+    } else {
+        x = float_operand(job->x, width, job->n, lanes);
+    }
+    const destination to = {job->w, job->out, NULL, NULL, job->w->n_rows};
+    multiply(job->cpu->kernels, &to, 1, &x, &job->next, member);
+}

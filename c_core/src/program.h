@@ -1,0 +1,55 @@
+/* program.h - a program's memory and the state of one run of it, shared by program.c (life, checks) and ops.c (the ops). */
+#ifndef PL_PROGRAM_H
+#define PL_PROGRAM_H
+
+#include "attention.h"
+#include "cpu/kernels.h"
+#include "kv.h"
+#include "pool.h"
+
+/* How K of a layer is rotated. */
+typedef struct pl_layer_rope {
+    const float *inverse_frequencies; /* NULL: not at all */
+    int32_t n_rotated, kind;
+} pl_layer_rope;
+
+struct pl_program {
+    pl_op *ops;
+    int32_t n_ops;
+    pl_value *values;
+    int32_t n_values;
+    uint8_t **slots;
+    int32_t n_slots;
+    int64_t slot_bytes; /* of all slots */
+    int32_t max_tokens, max_outputs;
+    int32_t n_vocab; /* rows of the embedding table */
+    pl_layer_rope *layer_ropes;
+    pl_kv *kv;
+    pl_pool *pool;
+    const pl_cpu_set *cpu;
+    uint8_t *attention_scratch;
+    int64_t attention_scratch_bytes;
+    atomic_int (*counters)[2]; /* for each op: shared work counters, zeroed before a run */
+};
+
+typedef struct pl_run_state {
+    const pl_program *program;
+    const pl_batch *batch;
+} pl_run_state;
+
+/* Runs all ops; every member of the team calls it. */
+void pl_run_ops(void *run_state, const pl_member *member);
+
+/* out[n][n_rows] = x times the transpose of w, for one matrix outside of a program (pl_weight_product). */
+typedef struct pl_product_job {
+    const pl_weight *w;
+    const pl_cpu_set *cpu;
+    const float *x;
+    void *q8; /* pl_q8_bytes(n_cols, n), or NULL for a float matrix */
+    int32_t n;
+    float *out;
+    atomic_int next;
+} pl_product_job;
+void pl_run_product(void *job, const pl_member *member);
+
+#endif

@@ -1,0 +1,366 @@
+/* weights.c - panels: see weights.h. */
+#include "weights.h"
+
+#include "pool.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+/* ---- arenas -------------------------------------------------------------------------------------------------------- */
+
+struct pl_arena {
+    uint8_t *base;
+    size_t size, used;
+};
+
+PL_API pl_arena *pl_arena_new(int64_t bytes, pl_error *err) {
+    if (bytes < 1 || bytes > (int64_t)1 << 46) {
+        pl_fail(err, "an arena of %lld bytes was asked for", (long long)bytes);
+        return NULL;
+    }
+    pl_arena *arena = pl_alloc(sizeof *arena, err);
+    if (!arena) {
+        return NULL;
+    }
+    arena->size = (size_t)bytes;
+    void *p = mmap(NULL, arena->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        pl_fail(err, "out of memory: %lld bytes for weights were asked for", (long long)bytes);
+        pl_free(arena);
+        return NULL;
+    }
+    arena->base = p;
+#ifdef MADV_HUGEPAGE
+    madvise(p, arena->size, MADV_HUGEPAGE); /* a hint: fewer page walks on the way through the weights */
+#endif
+    return arena;
+}
+
+PL_API void pl_arena_free(pl_arena *arena) {
+    if (arena) {
+        munmap(arena->base, arena->size);
+        pl_free(arena);
+    }
+}
+
+PL_API int32_t pl_arena_lock(pl_arena *arena, pl_error *err) {
+    if (mlock(arena->base, arena->size) != 0) {
+        return pl_fail(err, "mlock of %zu bytes failed: %s", arena->size, strerror(errno));
+    }
+    return 0;
+}
+
+static uint8_t *arena_take(pl_arena *arena, int64_t bytes, pl_error *err) {
+    if ((size_t)bytes > arena->size - arena->used) {
+        pl_fail(err, "the weights' arena is full: %zu of %zu bytes used, %lld more asked for", arena->used, arena->size,
+                (long long)bytes);
+        return NULL;
+    }
+    uint8_t *p = arena->base + arena->used;
+    arena->used += (size_t)bytes;
+    return p;
+}
+
+/* ---- re-laying ----------------------------------------------------------------------------------------------------- */
+
+static void lay_out(pl_weight *w) {
+    const pl_format *f = w->format;
+    if (pl_format_is_float(f)) {
+        w->panel_bytes = pl_round_up(w->n_cols * PL_PANEL_ROWS * f->block_bytes, 64);
+        return;
+    }
+    const int64_t groups = w->n_cols / PL_GROUP;
+    int64_t at = groups * PL_GROUP * PL_PANEL_ROWS * f->low_bits / 8;
+    w->two_at = at;
+    at += f->two_shift >= 0 ? groups * 128 : 0;
+    w->one_at = at;
+    at += f->one_shift >= 0 ? groups * 64 : 0;
+    w->scales_at = at;
+    switch (f->scales) {
+    case PL_SCALES_D:
+        at += groups * 32;
+        break;
+    case PL_SCALES_DM:
+        at += groups * 64;
+        break;
+    default:
+        at += groups / 8 * pl_scales_k_bytes(f->scales);
+        break;
+    }
+    w->panel_bytes = pl_round_up(at, 64);
+}
+
+static void put_codes(const pl_weight *w, uint8_t *panel, int64_t group, int row, const uint8_t codes[PL_GROUP]) {
+    const pl_format *f = w->format;
+    const int low_shift = f->two_shift >= 0 ? f->two_shift : f->one_shift >= 0 ? f->one_shift : 8;
+    const uint8_t low_mask = (uint8_t)((1 << low_shift) - 1);
+    if (f->low_bits == 8) {
+        for (int i = 0; i < 8; i++) {
+            memcpy(panel + ((group * 8 + i) * PL_PANEL_ROWS + row) * 4, codes + 4 * i, 4);
+        }
+    } else if (f->low_bits == 4) {
+        for (int i = 0; i < 4; i++) {
+            uint8_t *p = panel + ((group * 4 + i) * PL_PANEL_ROWS + row) * 4;
+            for (int j = 0; j < 4; j++) {
+                p[j] = (uint8_t)((codes[4 * i + j] & low_mask) | (codes[16 + 4 * i + j] & low_mask) << 4);
+            }
+        }
+    }
+    if (f->two_shift >= 0) {
+        for (int h = 0; h < 2; h++) {
+            uint8_t *p = panel + w->two_at + ((group * 2 + h) * PL_PANEL_ROWS + row) * 4;
+            for (int j = 0; j < 4; j++) {
+                uint8_t bits = 0;
+                for (int i = 0; i < 4; i++) {
+                    bits |= (uint8_t)((codes[4 * (4 * h + i) + j] >> f->two_shift & 3) << 2 * i);
+                }
+                p[j] = bits;
+            }
+        }
+    }
+    if (f->one_shift >= 0) {
+        uint8_t *p = panel + w->one_at + (group * PL_PANEL_ROWS + row) * 4;
+        for (int j = 0; j < 4; j++) {
+            uint8_t bits = 0;
+            for (int i = 0; i < 8; i++) {
+                bits |= (uint8_t)((codes[4 * i + j] >> f->one_shift & 1) << i);
+            }
+            p[j] = bits;
+        }
+    }
+}
+
+static void put_scales(const pl_weight *w, uint8_t *panel, int64_t block, int row, const uint8_t *source) {
+    const pl_format *f = w->format;
+    uint8_t *plane = panel + w->scales_at;
+    uint16_t d, m;
+    pl_format_halves(f, source, &d, &m);
+    if (f->scales == PL_SCALES_D) {
+        memcpy(plane + (block * 16 + row) * 2, &d, 2);
+        return;
+    }
+    if (f->scales == PL_SCALES_DM) {
+        memcpy(plane + (block * 32 + row) * 2, &d, 2);
+        memcpy(plane + (block * 32 + 16 + row) * 2, &m, 2);
+        return;
+    }
+    uint8_t *p = plane + block * pl_scales_k_bytes(f->scales);
+    memcpy(p + row * 2, &d, 2);
+    if (f->scales == PL_SCALES_K16) {
+        p += 32;
+    } else {
+        memcpy(p + 32 + row * 2, &m, 2);
+        p += 64;
+    }
+    for (int j = 0; j < 256 / f->sub; j++) {
+        int32_t scale, min;
+        pl_format_factors(f, source, j, &scale, &min);
+        if (f->scales == PL_SCALES_K32) {
+            p[j * 16 + row] = (uint8_t)scale;
+            p[128 + j * 16 + row] = (uint8_t)min;
+        } else {
+            p[j * 16 + row] = (uint8_t)(f->scales == PL_SCALES_K16M ? scale | min << 4 : scale);
+        }
+    }
+}
+
+typedef struct relay_job {
+    pl_weight *w;
+    const uint8_t *data;
+    atomic_int next;
+} relay_job;
+
+static void relay_panel(pl_weight *w, const uint8_t *data, int64_t panel) {
+    const pl_format *f = w->format;
+    const int64_t row_bytes = w->n_cols / f->block_elements * f->block_bytes;
+    uint8_t *out = w->panels + panel * w->panel_bytes;
+    for (int row = 0; row < PL_PANEL_ROWS; row++) {
+        const int64_t r = panel * PL_PANEL_ROWS + row;
+        if (r >= w->n_rows) {
+            return; /* fresh mapped memory is zero */
+        }
+        const uint8_t *source = data + r * row_bytes;
+        if (pl_format_is_float(f)) {
+            const int size = f->block_bytes;
+            for (int64_t c = 0; c < w->n_cols; c++) {
+                memcpy(out + (c * PL_PANEL_ROWS + row) * size, source + c * size, (size_t)size);
+            }
+            continue;
+        }
+        const int groups_per_block = f->block_elements / PL_GROUP;
+        for (int64_t block = 0; block < w->n_cols / f->block_elements; block++, source += f->block_bytes) {
+            for (int g = 0; g < groups_per_block; g++) {
+                uint8_t codes[PL_GROUP];
+                pl_format_codes(f, source, g, codes);
+                put_codes(w, out, block * groups_per_block + g, row, codes);
+            }
+            put_scales(w, out, block, row, source);
+        }
+    }
+}
+
+static void relay(void *context, const pl_member *member) {
+    (void)member;
+    relay_job *job = context;
+    const int32_t step = 8;
+    for (;;) {
+        const int64_t first = (int64_t)pl_claim(&job->next) * step;
+        if (first >= job->w->n_panels) {
+            return;
+        }
+        for (int64_t panel = first; panel < PL_MIN(first + step, job->w->n_panels); panel++) {
+            relay_panel(job->w, job->data, panel);
+        }
+    }
+}
+
+static int32_t describe(pl_weight *w, int32_t type, int64_t n_rows, int64_t n_cols, pl_error *err) {
+    w->format = pl_format_of(type);
+    if (!w->format) {
+        return pl_fail(err, "tensor type %d is not one that pyllama reads", type);
+    }
+    if (n_rows < 1 || n_cols < 1 || n_rows > INT32_MAX || n_cols > INT32_MAX / 64 || n_cols % w->format->block_elements) {
+        return pl_fail(err, "a matrix of %lld rows of %lld columns cannot be of tensor type %d", (long long)n_rows,
+                       (long long)n_cols, type);
+    }
+    w->n_rows = n_rows;
+    w->n_cols = n_cols;
+    w->n_panels = (n_rows + PL_PANEL_ROWS - 1) / PL_PANEL_ROWS;
+    lay_out(w);
+    return 0;
+}
+
+PL_API int64_t pl_weight_panel_bytes(int32_t type, int64_t n_rows, int64_t n_cols, pl_error *err) {
+    pl_weight w = {0};
+    return describe(&w, type, n_rows, n_cols, err) < 0 ? -1 : w.n_panels * w.panel_bytes;
+}
+
+PL_API pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, const void *data,
+                                int64_t n_bytes, pl_pool *pool, pl_error *err) {
+    pl_weight *w = pl_alloc(sizeof *w, err);
+    if (!w) {
+        return NULL;
+    }
+    if (describe(w, type, n_rows, n_cols, err) < 0) {
+        pl_free(w);
+        return NULL;
+    }
+    if (pl_type_bytes(type, n_rows, n_cols) != n_bytes) {
+        pl_fail(err, "a matrix of %lld rows of %lld columns of tensor type %d does not take %lld bytes", (long long)n_rows,
+                (long long)n_cols, type, (long long)n_bytes);
+        pl_free(w);
+        return NULL;
+    }
+    const int64_t bytes = w->n_panels * w->panel_bytes;
+    w->owns_memory = !arena;
+    w->panels = arena ? arena_take(arena, bytes, err) : pl_alloc((size_t)bytes, err);
+    if (!w->panels) {
+        pl_free(w);
+        return NULL;
+    }
+    relay_job job = {.w = w, .data = data};
+    pl_pool_run(pool, 0, relay, &job);
+    return w;
+}
+
+PL_API void pl_weight_free(pl_weight *w) {
+    if (w) {
+        if (w->owns_memory) {
+            pl_free(w->panels);
+        }
+        pl_free(w);
+    }
+}
+
+/* ---- reading back -------------------------------------------------------------------------------------------------- */
+
+void pl_weight_group(const pl_weight *w, int64_t row, int64_t group, uint8_t codes[PL_GROUP], float d[2], float m[2]) {
+    const pl_format *f = w->format;
+    const uint8_t *panel = pl_weight_panel(w, row / PL_PANEL_ROWS);
+    const int r = (int)(row % PL_PANEL_ROWS);
+    memset(codes, 0, PL_GROUP);
+    for (int k = 0; k < PL_GROUP; k++) {
+        const int i = k / 4, j = k % 4;
+        if (f->low_bits == 8) {
+            codes[k] = panel[((group * 8 + i) * PL_PANEL_ROWS + r) * 4 + j];
+        } else if (f->low_bits == 4) {
+            codes[k] = panel[((group * 4 + i % 4) * PL_PANEL_ROWS + r) * 4 + j] >> 4 * (i / 4) & 15;
+        }
+        if (f->two_shift >= 0) {
+            const uint8_t *p = panel + w->two_at + ((group * 2 + i / 4) * PL_PANEL_ROWS + r) * 4;
+            codes[k] |= (uint8_t)((p[j] >> 2 * (i % 4) & 3) << f->two_shift);
+        }
+        if (f->one_shift >= 0) {
+            const uint8_t *p = panel + w->one_at + (group * PL_PANEL_ROWS + r) * 4;
+            codes[k] |= (uint8_t)((p[j] >> i & 1) << f->one_shift);
+        }
+    }
+    const uint8_t *scales = panel + w->scales_at;
+    if (f->scales == PL_SCALES_D || f->scales == PL_SCALES_DM) {
+        const int stride = f->scales == PL_SCALES_D ? 16 : 32;
+        d[0] = d[1] = pl_f16_to_f32(pl_load_u16(scales + (group * stride + r) * 2));
+        m[0] = f->offset ? d[0] * (float)f->offset : -pl_f16_to_f32(pl_load_u16(scales + (group * 32 + 16 + r) * 2));
+        m[1] = m[0];
+        return;
+    }
+    const uint8_t *p = scales + group / 8 * pl_scales_k_bytes(f->scales);
+    const float big_d = pl_f16_to_f32(pl_load_u16(p + 2 * r));
+    const float big_m = f->scales == PL_SCALES_K16 ? 0.0f : pl_f16_to_f32(pl_load_u16(p + 32 + 2 * r));
+    p += f->scales == PL_SCALES_K16 ? 32 : 64;
+    for (int i = 0; i < 2; i++) {
+        const int64_t at = (f->sub == 32 ? group % 8 : group % 8 * 2 + i) * 16 + r;
+        if (f->scales == PL_SCALES_K32) {
+            d[i] = big_d * (float)p[at];
+            m[i] = big_m * (float)p[128 + at];
+        } else if (f->scales == PL_SCALES_K16M) {
+            d[i] = big_d * (float)(p[at] & 15);
+            m[i] = big_m * (float)(p[at] >> 4);
+        } else {
+            d[i] = big_d * (float)(int8_t)p[at];
+            m[i] = d[i] * (float)f->offset;
+        }
+    }
+}
+
+float pl_weight_float(const pl_weight *w, int64_t row, int64_t column) {
+    const uint8_t *panel = pl_weight_panel(w, row / PL_PANEL_ROWS);
+    const int64_t at = column * PL_PANEL_ROWS + row % PL_PANEL_ROWS;
+    float f;
+    switch (w->format->type) {
+    case PL_F16:
+        return pl_f16_to_f32(pl_load_u16(panel + 2 * at));
+    case PL_BF16:
+        return pl_bf16_to_f32(pl_load_u16(panel + 2 * at));
+    default:
+        memcpy(&f, panel + 4 * at, 4);
+        return f;
+    }
+}
+
+PL_API int32_t pl_weight_rows(const pl_weight *w, const int32_t *rows, int32_t n, float *out, pl_error *err) {
+    for (int32_t i = 0; i < n; i++) {
+        if (rows[i] < 0 || rows[i] >= w->n_rows) {
+            return pl_fail(err, "row %d was asked for; the matrix has %lld", rows[i], (long long)w->n_rows);
+        }
+    }
+    for (int32_t i = 0; i < n; i++) {
+        float *y = out + i * w->n_cols;
+        if (pl_format_is_float(w->format)) {
+            for (int64_t c = 0; c < w->n_cols; c++) {
+                y[c] = pl_weight_float(w, rows[i], c);
+            }
+            continue;
+        }
+        for (int64_t group = 0; group < w->n_cols / PL_GROUP; group++) {
+            uint8_t codes[PL_GROUP];
+            float d[2], m[2];
+            pl_weight_group(w, rows[i], group, codes, d, m);
+            for (int j = 0; j < PL_GROUP; j++) {
+                y[group * PL_GROUP + j] = w->format->offset ? d[j / 16] * (float)(codes[j] - w->format->offset)
+                                                            : d[j / 16] * (float)codes[j] - m[j / 16];
+            }
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,99 @@
+"""The C core, seen from Python: cffi in ABI mode over ``pyllama_core.h``, the one source of truth for both sides.
+
+This module finds and loads the shared library and turns its errors into exceptions. It knows nothing of models, files or
+requests; pointers stop here and in ``graph.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import cffi
+
+__all__ = ["BLOCK_TOKENS", "CoreError", "ThreadPool", "call", "cpu_name", "create", "ffi", "lib"]
+
+
+class CoreError(RuntimeError):
+    """The core refused or failed; the message says why."""
+
+
+def _candidates() -> list[tuple[Path, Path]]:
+    """Pairs of (library, header), most wanted first."""
+    name = {"darwin": "libpyllama_core.dylib", "win32": "pyllama_core.dll"}.get(sys.platform, "libpyllama_core.so")
+    package = Path(__file__).resolve().parent
+    source_header = package.parent / "c_core" / "include" / "pyllama_core.h"
+    pairs = []
+    if override := os.environ.get("PYLLAMA_CORE"):
+        header = source_header if source_header.exists() else package / "_core" / "pyllama_core.h"
+        return [(Path(override), header)]
+    pairs.append((package / "_core" / name, package / "_core" / "pyllama_core.h"))
+    pairs.append((package.parent / "build" / name, source_header))
+    return pairs
+
+
+def _declarations(header: Path) -> str:
+    """The header without what a C preprocessor would eat, except integer constants."""
+    text = header.read_text(encoding="utf-8")
+    text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.S)
+    lines = [line for line in text.splitlines() if not line.startswith("#") or re.match(r"#define \w+ \d+$", line)]
+    return "\n".join(lines)
+
+
+def _load() -> tuple[cffi.FFI, Any]:
+    candidates = _candidates()
+    for library, header in candidates:
+        if library.exists() and header.exists():
+            ffi = cffi.FFI()
+            ffi.cdef(_declarations(header))
+            return ffi, ffi.dlopen(str(library))
+    looked = ", ".join(str(library) for library, _ in candidates)
+    raise ImportError(f"the pyllama core library was not found (looked for {looked}); run `make setup` or `pip install .`")
+
+
+ffi, lib = _load()
+
+BLOCK_TOKENS: int = lib.PL_BLOCK_TOKENS
+"""Tokens in one block of the key/value pool."""
+
+
+def call(function: Any, *args: Any) -> int:
+    """Calls a core function whose last parameter is a ``pl_error *`` and whose result is negative on failure.
+
+    Raises:
+        CoreError: with the core's message.
+    """
+    error = ffi.new("pl_error *")
+    result = function(*args, error)
+    if result < 0:
+        raise CoreError(ffi.string(error.message).decode("utf-8", "replace"))
+    return result
+
+
+def create(function: Any, free: Any, *args: Any) -> Any:
+    """Calls a ``_new`` function of the core; the object is freed with the Python handle.
+
+    Raises:
+        CoreError: with the core's message.
+    """
+    error = ffi.new("pl_error *")
+    pointer = function(*args, error)
+    if pointer == ffi.NULL:
+        raise CoreError(ffi.string(error.message).decode("utf-8", "replace"))
+    return ffi.gc(pointer, free)
+
+
+def cpu_name() -> str:
+    """Name of the kernel set that the core chose for this processor: ``scalar``, ``avx2``, ``avx512``, ``neon``."""
+    return ffi.string(lib.pl_cpu_name()).decode()
+
+
+class ThreadPool:
+    """A persistent team of ``n_threads`` threads (the calling thread is one of them)."""
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        self.handle = create(lib.pl_pool_new, lib.pl_pool_free, n_threads)
