@@ -38,7 +38,7 @@ def _candidates() -> list[tuple[Path, Path]]:
 def _declarations(header: Path) -> str:
     """The header without what a C preprocessor would eat, except integer constants."""
     text = header.read_text(encoding="utf-8")
-    text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.S)
+    text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.DOTALL)
     lines = [line for line in text.splitlines() if not line.startswith("#") or re.match(r"#define \w+ \d+$", line)]
     return "\n".join(lines)
 

@@ -127,7 +127,7 @@ typedef struct pl_value {
 } pl_value;
 
 /*
- * kind              in                    out               weights / vectors        n, f
+ * kind              src                   dst               weights / vectors        n, f
  * PL_OP_EMBED       -                     x                 w0 = table               f0 = factor
  * PL_OP_ROPE_TABLE  -                     cos|sin           v0 = inverse freqs[n/2]  n0 = n rotated, f0 = magnitude
  * PL_OP_RMS_NORM    x                     y f32?, y q8?     v0 = factor[width]       f0 = epsilon
@@ -135,7 +135,7 @@ typedef struct pl_value {
  * PL_OP_QUANTIZE    x                     y q8
  * PL_OP_ADD         a, b                  a + b
  * PL_OP_SCALE       x                     f0 * x
- * PL_OP_LINEAR      x, residual?          up to 3 (f32)     w0..w2, v0..v2 = biases? (out i = x times w i + bias i)
+ * PL_OP_LINEAR      x, residual?          up to 3 (f32)     w0..w2, v0..v2 = biases? (dst i = x times w i + bias i)
  * PL_OP_GLU         x                     y f32?, y q8?     w0 = gate, w1 = up       n0 = enum pl_activation
  * PL_OP_QKV         q, k, v, cos|sin?     q (in place)      v0, v1 = q/k head norm?  n: layer, n_head, rotated, rope kind
  *                                                                                    f0 = epsilon, f1 = factor on q
@@ -169,8 +169,8 @@ enum pl_rope_kind { PL_ROPE_PAIRS = 0, PL_ROPE_HALVES = 1 };
 
 typedef struct pl_op {
     int32_t kind;   /* enum pl_op_kind */
-    int32_t in[4];  /* value numbers, -1 for none */
-    int32_t out[3]; /* value numbers, -1 for none */
+    int32_t src[4]; /* value numbers, -1 for none */
+    int32_t dst[3]; /* value numbers, -1 for none */
     int32_t n[4];
     float f[2];
     const pl_weight *w[3]; /* must outlive the program */
@@ -260,10 +260,18 @@ typedef struct pl_splitter pl_splitter;
 pl_splitter *pl_splitter_new(const pl_vocab *vocab, const int32_t *tokens, int32_t n_tokens, pl_error *err);
 void pl_splitter_free(pl_splitter *splitter);
 /* Cuts a text into pieces: piece i is sizes[i] bytes long and is tokens[i], or not a token of the splitter (-1). The
- * leftmost match is taken, of several at one place the longest. Returns the number of pieces; with `sizes` NULL nothing
- * is written. */
+ * leftmost match is taken, of several at one place the longest. Returns the number of pieces; there must be room for
+ * `n_bytes` of them. */
 int64_t pl_split(const pl_splitter *splitter, const uint8_t *text, int64_t n_bytes, int32_t *sizes, int32_t *tokens,
                  pl_error *err);
+
+/* The words that byte-level models cut a text into; pyllama/tokenizer/bpe.py gives the regular expressions. */
+enum pl_words { PL_WORDS_GPT2 = 0, PL_WORDS_SMOLLM = 1, PL_WORDS_LLAMA3 = 2, PL_WORDS_QWEN2 = 3 };
+
+/* Cuts the pieces of a text further, those that are no tokens, into words of a kind (enum pl_words). Returns the number of
+ * pieces there are now; there must be room for `n_bytes` of them. */
+int64_t pl_cut_words(int32_t kind, const uint8_t *text, int64_t n_bytes, const int32_t *sizes, const int32_t *tokens,
+                     int64_t n_pieces, int32_t *word_sizes, int32_t *word_tokens, pl_error *err);
 
 /* Byte-pair encoding: neighbouring symbols are merged, the best pair first (of equal ones the leftmost), until no pair is
  * in the rules. */

@@ -164,11 +164,11 @@ static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, c
 static void op_linear(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
     destination to[3];
     int32_t n = 0;
-    for (; n < 3 && op->out[n] >= 0; n++) {
-        to[n] = (destination){op->w[n], data_of(s, op->out[n]), op->v[n], op->in[1] < 0 ? NULL : data_of(s, op->in[1]),
+    for (; n < 3 && op->dst[n] >= 0; n++) {
+        to[n] = (destination){op->w[n], data_of(s, op->dst[n]), op->v[n], op->src[1] < 0 ? NULL : data_of(s, op->src[1]),
                               op->w[n]->n_rows};
     }
-    const operand x = operand_of(s, op->in[0]);
+    const operand x = operand_of(s, op->src[0]);
     multiply(s->program->cpu->kernels, to, n, &x, &counters[0], member);
 }
 
@@ -177,7 +177,7 @@ static void op_logits(const pl_run_state *s, const pl_op *op, atomic_int *counte
         return;
     }
     const destination to = {op->w[0], s->batch->logits, NULL, NULL, op->w[0]->n_rows};
-    const operand x = operand_of(s, op->in[0]);
+    const operand x = operand_of(s, op->src[0]);
     multiply(s->program->cpu->kernels, &to, 1, &x, &counters[0], member);
     const float factor = op->f[0], cap = op->f[1];
     if (factor == 1.0f && cap == 0.0f) {
@@ -203,10 +203,10 @@ static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters,
     _Alignas(64) float result[PL_MAX_LANES * PL_PANEL_ROWS];
     float gate[PL_MAX_LANES][UNIT], up[PL_MAX_LANES][UNIT];
     const pl_kernels *k = s->program->cpu->kernels;
-    const operand x = operand_of(s, op->in[0]);
+    const operand x = operand_of(s, op->src[0]);
     const int32_t width = (int32_t)op->w[0]->n_rows;
-    float *y = op->out[0] < 0 ? NULL : data_of(s, op->out[0]);
-    const pl_q8 q = op->out[1] < 0 ? (pl_q8){0} : q8_of(s, op->out[1]);
+    float *y = op->dst[0] < 0 ? NULL : data_of(s, op->dst[0]);
+    const pl_q8 q = op->dst[1] < 0 ? (pl_q8){0} : q8_of(s, op->dst[1]);
     const work d = divide((width + UNIT - 1) / UNIT, &x, member->count);
     claim c;
     while (next_claim(&d, &counters[0], &c)) {
@@ -241,10 +241,10 @@ static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters,
 /* ---- rows ---------------------------------------------------------------------------------------------------------- */
 
 static void op_embed(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const int32_t width = width_of(s, op->out[0]);
+    const int32_t width = width_of(s, op->dst[0]);
     int32_t first, last;
     even_share(member, s->batch->n_tokens, &first, &last);
-    float *x = (float *)data_of(s, op->out[0]) + (int64_t)first * width;
+    float *x = (float *)data_of(s, op->dst[0]) + (int64_t)first * width;
     pl_weight_rows(op->w[0], s->batch->tokens + first, last - first, x, NULL); /* pl_run has checked the tokens */
     for (int64_t i = 0; op->f[0] != 1.0f && i < (int64_t)(last - first) * width; i++) {
         x[i] *= op->f[0];
@@ -260,7 +260,7 @@ static void op_rope_table(const pl_run_state *s, const pl_op *op, const pl_membe
         const pl_sequence *sequence = &s->batch->sequences[i];
         const int32_t from = PL_MAX(first, sequence->first), to = PL_MIN(last, sequence->first + sequence->n_tokens);
         for (int32_t t = from; t < to; t++) {
-            float *row = (float *)data_of(s, op->out[0]) + (int64_t)t * 2 * half;
+            float *row = (float *)data_of(s, op->dst[0]) + (int64_t)t * 2 * half;
             const double position = sequence->n_past + t - sequence->first;
             for (int32_t j = 0; j < half; j++) {
                 const double angle = position * (double)op->v[0][j];
@@ -274,13 +274,13 @@ static void op_rope_table(const pl_run_state *s, const pl_op *op, const pl_membe
 static void op_rms_norm(const pl_run_state *s, const pl_op *op, const pl_member *member) {
     enum { ON_STACK = 8192 };
     const pl_kernels *k = s->program->cpu->kernels;
-    const int32_t width = width_of(s, op->in[0]);
-    const float *x = data_of(s, op->in[0]);
-    float *y = op->out[0] < 0 ? NULL : data_of(s, op->out[0]);
-    const pl_q8 q = op->out[1] < 0 ? (pl_q8){0} : q8_of(s, op->out[1]);
+    const int32_t width = width_of(s, op->src[0]);
+    const float *x = data_of(s, op->src[0]);
+    float *y = op->dst[0] < 0 ? NULL : data_of(s, op->dst[0]);
+    const pl_q8 q = op->dst[1] < 0 ? (pl_q8){0} : q8_of(s, op->dst[1]);
     float row_memory[ON_STACK];
     int32_t first, last;
-    even_share(member, rows_of(s, op->in[0]), &first, &last);
+    even_share(member, rows_of(s, op->src[0]), &first, &last);
     for (int32_t row = first; row < last; row++) {
         float *normed = y ? y + (int64_t)row * width : row_memory; /* program.c sees to it that it fits */
         k->rms_norm(x + (int64_t)row * width, op->v[0], op->f[0], width, normed);
@@ -291,11 +291,11 @@ static void op_rms_norm(const pl_run_state *s, const pl_op *op, const pl_member 
 }
 
 static void op_norm_add(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const int32_t width = width_of(s, op->in[0]);
-    const float *residual = data_of(s, op->in[0]), *x = data_of(s, op->in[1]);
-    float *y = data_of(s, op->out[0]);
+    const int32_t width = width_of(s, op->src[0]);
+    const float *residual = data_of(s, op->src[0]), *x = data_of(s, op->src[1]);
+    float *y = data_of(s, op->dst[0]);
     int32_t first, last;
-    even_share(member, rows_of(s, op->in[0]), &first, &last);
+    even_share(member, rows_of(s, op->src[0]), &first, &last);
     for (int64_t row = first; row < last; row++) {
         float *sum = y + row * width;
         s->program->cpu->kernels->rms_norm(x + row * width, op->v[0], op->f[0], width, sum);
@@ -306,8 +306,8 @@ static void op_norm_add(const pl_run_state *s, const pl_op *op, const pl_member 
 }
 
 static void op_quantize(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const float *x = data_of(s, op->in[0]);
-    const pl_q8 q = q8_of(s, op->out[0]);
+    const float *x = data_of(s, op->src[0]);
+    const pl_q8 q = q8_of(s, op->dst[0]);
     int32_t first, last;
     even_share(member, q.n_rows, &first, &last);
     for (int32_t row = first; row < last; row++) {
@@ -316,31 +316,31 @@ static void op_quantize(const pl_run_state *s, const pl_op *op, const pl_member 
 }
 
 static void op_add(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const int32_t width = width_of(s, op->out[0]);
-    const float *a = data_of(s, op->in[0]), *b = data_of(s, op->in[1]);
-    float *y = data_of(s, op->out[0]);
+    const int32_t width = width_of(s, op->dst[0]);
+    const float *a = data_of(s, op->src[0]), *b = data_of(s, op->src[1]);
+    float *y = data_of(s, op->dst[0]);
     int32_t first, last;
-    even_share(member, rows_of(s, op->out[0]), &first, &last);
+    even_share(member, rows_of(s, op->dst[0]), &first, &last);
     for (int64_t i = (int64_t)first * width; i < (int64_t)last * width; i++) {
         y[i] = a[i] + b[i];
     }
 }
 
 static void op_scale(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const int32_t width = width_of(s, op->out[0]);
-    const float *x = data_of(s, op->in[0]);
-    float *y = data_of(s, op->out[0]);
+    const int32_t width = width_of(s, op->dst[0]);
+    const float *x = data_of(s, op->src[0]);
+    float *y = data_of(s, op->dst[0]);
     int32_t first, last;
-    even_share(member, rows_of(s, op->out[0]), &first, &last);
+    even_share(member, rows_of(s, op->dst[0]), &first, &last);
     for (int64_t i = (int64_t)first * width; i < (int64_t)last * width; i++) {
         y[i] = op->f[0] * x[i];
     }
 }
 
 static void op_select(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const int32_t width = width_of(s, op->out[0]);
-    const float *x = data_of(s, op->in[0]);
-    float *y = data_of(s, op->out[0]);
+    const int32_t width = width_of(s, op->dst[0]);
+    const float *x = data_of(s, op->src[0]);
+    float *y = data_of(s, op->dst[0]);
     int32_t first, last;
     even_share(member, s->batch->n_outputs, &first, &last);
     for (int32_t row = first; row < last; row++) {
@@ -350,8 +350,8 @@ static void op_select(const pl_run_state *s, const pl_op *op, const pl_member *m
 
 static void op_hidden(const pl_run_state *s, const pl_op *op, const pl_member *member) {
     if (s->batch->hidden && member->index == 0) {
-        memcpy(s->batch->hidden, data_of(s, op->in[0]),
-               sizeof(float) * (size_t)s->batch->n_outputs * (size_t)width_of(s, op->in[0]));
+        memcpy(s->batch->hidden, data_of(s, op->src[0]),
+               sizeof(float) * (size_t)s->batch->n_outputs * (size_t)width_of(s, op->src[0]));
     }
 }
 
@@ -388,8 +388,8 @@ static void op_qkv(const pl_run_state *s, const pl_op *op, const pl_member *memb
     pl_kv *kv = s->program->kv;
     const int32_t n_head = op->n[1], group = n_head / kv->n_head_kv, head_dim = kv->head_dim;
     const int64_t q_stride = (int64_t)n_head * head_dim, kv_stride = (int64_t)kv->n_head_kv * head_dim;
-    float *q = data_of(s, op->in[0]), *k = data_of(s, op->in[1]), *v = data_of(s, op->in[2]);
-    const float *tables = op->in[3] < 0 ? NULL : data_of(s, op->in[3]);
+    float *q = data_of(s, op->src[0]), *k = data_of(s, op->src[1]), *v = data_of(s, op->src[2]);
+    const float *tables = op->src[3] < 0 ? NULL : data_of(s, op->src[3]);
     int32_t item = 0;
     for (int32_t i = 0; i < s->batch->n_sequences; i++) {
         const pl_sequence *sequence = &s->batch->sequences[i];
@@ -424,8 +424,8 @@ static void op_attention(const pl_run_state *s, const pl_op *op, atomic_int *cou
         .sequences = s->batch->sequences,
         .n_sequences = s->batch->n_sequences,
         .n_tokens = s->batch->n_tokens,
-        .q = data_of(s, op->in[0]),
-        .out = data_of(s, op->out[0]),
+        .q = data_of(s, op->src[0]),
+        .out = data_of(s, op->dst[0]),
     };
     pl_attention_run(&args, s->program->attention_scratch, counters, member);
 }

@@ -42,15 +42,15 @@ static bool feeds(const check *c, int32_t number, const pl_weight *w) {
 
 static int32_t check_linear(const check *c) {
     const pl_op *op = c->op;
-    if (op->out[0] < 0) {
+    if (op->dst[0] < 0) {
         return refuse(c, "no output");
     }
-    for (int32_t i = 0; i < 3 && op->out[i] >= 0; i++) {
-        if (!feeds(c, op->in[0], op->w[i]) || !is_value(c, op->out[i], PL_VALUE_F32, -1, op->w[i]->n_rows, false) ||
-            c->p->values[op->out[i]].rows != c->p->values[op->in[0]].rows) {
+    for (int32_t i = 0; i < 3 && op->dst[i] >= 0; i++) {
+        if (!feeds(c, op->src[0], op->w[i]) || !is_value(c, op->dst[i], PL_VALUE_F32, -1, op->w[i]->n_rows, false) ||
+            c->p->values[op->dst[i]].rows != c->p->values[op->src[0]].rows) {
             return refuse(c, "input, matrix and output do not fit together");
         }
-        if (op->in[1] >= 0 && (!is_value(c, op->in[1], PL_VALUE_F32, -1, -1, false) || !same_shape(c, op->in[1], op->out[i]))) {
+        if (op->src[1] >= 0 && (!is_value(c, op->src[1], PL_VALUE_F32, -1, -1, false) || !same_shape(c, op->src[1], op->dst[i]))) {
             return refuse(c, "the residual is not of the output's shape");
         }
         if (op->v[i] && op->v_len[i] != op->w[i]->n_rows) {
@@ -62,12 +62,12 @@ static int32_t check_linear(const check *c) {
 
 static int32_t check_glu(const check *c) {
     const pl_op *op = c->op;
-    if (!feeds(c, op->in[0], op->w[0]) || !feeds(c, op->in[0], op->w[1]) || op->w[0]->n_rows != op->w[1]->n_rows) {
+    if (!feeds(c, op->src[0], op->w[0]) || !feeds(c, op->src[0], op->w[1]) || op->w[0]->n_rows != op->w[1]->n_rows) {
         return refuse(c, "input and matrices do not fit together");
     }
-    const int32_t rows = c->p->values[op->in[0]].rows;
-    if (!is_value(c, op->out[0], PL_VALUE_F32, rows, op->w[0]->n_rows, true) ||
-        !is_value(c, op->out[1], PL_VALUE_Q8, rows, op->w[0]->n_rows, true) || (op->out[0] < 0 && op->out[1] < 0)) {
+    const int32_t rows = c->p->values[op->src[0]].rows;
+    if (!is_value(c, op->dst[0], PL_VALUE_F32, rows, op->w[0]->n_rows, true) ||
+        !is_value(c, op->dst[1], PL_VALUE_Q8, rows, op->w[0]->n_rows, true) || (op->dst[0] < 0 && op->dst[1] < 0)) {
         return refuse(c, "the output does not fit");
     }
     if (op->n[0] != PL_SILU && op->n[0] != PL_GELU_TANH) {
@@ -86,16 +86,16 @@ static int32_t check_qkv(const check *c) {
     if (op->n[1] < 1 || op->n[1] > 65536 || op->n[1] % kv->n_head_kv) {
         return refuse(c, "the number of heads is not a multiple of the number of key/value heads");
     }
-    if (!is_value(c, op->in[0], PL_VALUE_F32, PL_ROWS_TOKENS, (int64_t)op->n[1] * kv->head_dim, false) ||
-        !is_value(c, op->in[1], PL_VALUE_F32, PL_ROWS_TOKENS, kv_width, false) ||
-        !is_value(c, op->in[2], PL_VALUE_F32, PL_ROWS_TOKENS, kv_width, false)) {
+    if (!is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_TOKENS, (int64_t)op->n[1] * kv->head_dim, false) ||
+        !is_value(c, op->src[1], PL_VALUE_F32, PL_ROWS_TOKENS, kv_width, false) ||
+        !is_value(c, op->src[2], PL_VALUE_F32, PL_ROWS_TOKENS, kv_width, false)) {
         return refuse(c, "q, k or v does not fit the heads");
     }
     if ((op->v[0] && op->v_len[0] != kv->head_dim) || (op->v[1] && op->v_len[1] != kv->head_dim)) {
         return refuse(c, "a head norm is not of the head's width");
     }
-    if (op->in[3] >= 0 && (op->n[2] < 2 || op->n[2] % 2 || op->n[2] > kv->head_dim ||
-                           !is_value(c, op->in[3], PL_VALUE_F32, PL_ROWS_TOKENS, op->n[2], false) ||
+    if (op->src[3] >= 0 && (op->n[2] < 2 || op->n[2] % 2 || op->n[2] > kv->head_dim ||
+                           !is_value(c, op->src[3], PL_VALUE_F32, PL_ROWS_TOKENS, op->n[2], false) ||
                            (op->n[3] != PL_ROPE_PAIRS && op->n[3] != PL_ROPE_HALVES))) {
         return refuse(c, "the rotation does not fit the head");
     }
@@ -107,38 +107,38 @@ static int32_t check_op(const check *c) {
     const pl_program *p = c->p;
     switch (op->kind) {
     case PL_OP_EMBED:
-        return op->w[0] && is_value(c, op->out[0], PL_VALUE_F32, PL_ROWS_TOKENS, op->w[0]->n_cols, false)
+        return op->w[0] && is_value(c, op->dst[0], PL_VALUE_F32, PL_ROWS_TOKENS, op->w[0]->n_cols, false)
                    ? 0 : refuse(c, "table and output do not fit together");
     case PL_OP_ROPE_TABLE:
         return op->n[0] >= 2 && op->n[0] % 2 == 0 && is_vector(op, 0, op->n[0] / 2) &&
-                       is_value(c, op->out[0], PL_VALUE_F32, PL_ROWS_TOKENS, op->n[0], false)
+                       is_value(c, op->dst[0], PL_VALUE_F32, PL_ROWS_TOKENS, op->n[0], false)
                    ? 0 : refuse(c, "frequencies and output do not fit together");
     case PL_OP_RMS_NORM:
-        if (!is_value(c, op->in[0], PL_VALUE_F32, -1, -1, false) || !is_vector(op, 0, p->values[op->in[0]].width) ||
-            !is_value(c, op->out[0], PL_VALUE_F32, -1, -1, true) || !is_value(c, op->out[1], PL_VALUE_Q8, -1, -1, true) ||
-            (op->out[0] >= 0 && !same_shape(c, op->in[0], op->out[0])) ||
-            (op->out[1] >= 0 && !same_shape(c, op->in[0], op->out[1])) || (op->out[0] < 0 && op->out[1] < 0)) {
+        if (!is_value(c, op->src[0], PL_VALUE_F32, -1, -1, false) || !is_vector(op, 0, p->values[op->src[0]].width) ||
+            !is_value(c, op->dst[0], PL_VALUE_F32, -1, -1, true) || !is_value(c, op->dst[1], PL_VALUE_Q8, -1, -1, true) ||
+            (op->dst[0] >= 0 && !same_shape(c, op->src[0], op->dst[0])) ||
+            (op->dst[1] >= 0 && !same_shape(c, op->src[0], op->dst[1])) || (op->dst[0] < 0 && op->dst[1] < 0)) {
             return refuse(c, "input, factor and outputs do not fit together");
         }
-        return op->out[0] >= 0 || p->values[op->in[0]].width <= WIDEST_UNQUANTIZED_NORM
+        return op->dst[0] >= 0 || p->values[op->src[0]].width <= WIDEST_UNQUANTIZED_NORM
                    ? 0 : refuse(c, "a row this wide needs a float output beside the quantized one");
     case PL_OP_NORM_ADD:
-        return is_value(c, op->in[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->in[1], PL_VALUE_F32, -1, -1, false) &&
-                       is_value(c, op->out[0], PL_VALUE_F32, -1, -1, false) && same_shape(c, op->in[0], op->in[1]) &&
-                       same_shape(c, op->in[0], op->out[0]) && is_vector(op, 0, p->values[op->in[0]].width)
+        return is_value(c, op->src[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->src[1], PL_VALUE_F32, -1, -1, false) &&
+                       is_value(c, op->dst[0], PL_VALUE_F32, -1, -1, false) && same_shape(c, op->src[0], op->src[1]) &&
+                       same_shape(c, op->src[0], op->dst[0]) && is_vector(op, 0, p->values[op->src[0]].width)
                    ? 0 : refuse(c, "inputs, factor and output do not fit together");
     case PL_OP_QUANTIZE:
-        return is_value(c, op->in[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->out[0], PL_VALUE_Q8, -1, -1, false) &&
-                       same_shape(c, op->in[0], op->out[0])
+        return is_value(c, op->src[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->dst[0], PL_VALUE_Q8, -1, -1, false) &&
+                       same_shape(c, op->src[0], op->dst[0])
                    ? 0 : refuse(c, "input and output do not fit together");
     case PL_OP_ADD:
-        return is_value(c, op->in[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->in[1], PL_VALUE_F32, -1, -1, false) &&
-                       is_value(c, op->out[0], PL_VALUE_F32, -1, -1, false) && same_shape(c, op->in[0], op->in[1]) &&
-                       same_shape(c, op->in[0], op->out[0])
+        return is_value(c, op->src[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->src[1], PL_VALUE_F32, -1, -1, false) &&
+                       is_value(c, op->dst[0], PL_VALUE_F32, -1, -1, false) && same_shape(c, op->src[0], op->src[1]) &&
+                       same_shape(c, op->src[0], op->dst[0])
                    ? 0 : refuse(c, "inputs and output do not fit together");
     case PL_OP_SCALE:
-        return is_value(c, op->in[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->out[0], PL_VALUE_F32, -1, -1, false) &&
-                       same_shape(c, op->in[0], op->out[0])
+        return is_value(c, op->src[0], PL_VALUE_F32, -1, -1, false) && is_value(c, op->dst[0], PL_VALUE_F32, -1, -1, false) &&
+                       same_shape(c, op->src[0], op->dst[0])
                    ? 0 : refuse(c, "input and output do not fit together");
     case PL_OP_LINEAR:
         return check_linear(c);
@@ -150,18 +150,18 @@ static int32_t check_op(const check *c) {
         const int64_t width = p->kv ? (int64_t)op->n[1] * p->kv->head_dim : -1;
         return p->kv && op->n[0] >= 0 && op->n[0] < p->kv->n_layers && op->n[1] >= 1 && op->n[1] <= 65536 &&
                        op->n[1] % p->kv->n_head_kv == 0 && op->n[2] >= 0 &&
-                       is_value(c, op->in[0], PL_VALUE_F32, PL_ROWS_TOKENS, width, false) &&
-                       is_value(c, op->out[0], PL_VALUE_F32, PL_ROWS_TOKENS, width, false)
+                       is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_TOKENS, width, false) &&
+                       is_value(c, op->dst[0], PL_VALUE_F32, PL_ROWS_TOKENS, width, false)
                    ? 0 : refuse(c, "layer, heads, q and output do not fit together");
     }
     case PL_OP_SELECT:
-        return is_value(c, op->in[0], PL_VALUE_F32, PL_ROWS_TOKENS, -1, false) &&
-                       is_value(c, op->out[0], PL_VALUE_F32, PL_ROWS_OUTPUTS, p->values[op->in[0]].width, false)
+        return is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_TOKENS, -1, false) &&
+                       is_value(c, op->dst[0], PL_VALUE_F32, PL_ROWS_OUTPUTS, p->values[op->src[0]].width, false)
                    ? 0 : refuse(c, "input and output do not fit together");
     case PL_OP_HIDDEN:
-        return is_value(c, op->in[0], PL_VALUE_F32, PL_ROWS_OUTPUTS, -1, false) ? 0 : refuse(c, "the input does not fit");
+        return is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_OUTPUTS, -1, false) ? 0 : refuse(c, "the input does not fit");
     case PL_OP_LOGITS:
-        return feeds(c, op->in[0], op->w[0]) && p->values[op->in[0]].rows == PL_ROWS_OUTPUTS
+        return feeds(c, op->src[0], op->w[0]) && p->values[op->src[0]].rows == PL_ROWS_OUTPUTS
                    ? 0 : refuse(c, "input and matrix do not fit together");
     default:
         return refuse(c, "unknown kind");
@@ -240,8 +240,8 @@ static int32_t note_ropes(pl_program *p, pl_error *err) {
     }
     for (int32_t i = 0; i < p->n_ops; i++) {
         const pl_op *op = &p->ops[i];
-        for (int32_t j = 0; op->kind == PL_OP_QKV && op->in[3] >= 0 && j < i; j++) {
-            if (p->ops[j].kind == PL_OP_ROPE_TABLE && p->ops[j].out[0] == op->in[3]) {
+        for (int32_t j = 0; op->kind == PL_OP_QKV && op->src[3] >= 0 && j < i; j++) {
+            if (p->ops[j].kind == PL_OP_ROPE_TABLE && p->ops[j].dst[0] == op->src[3]) {
                 p->layer_ropes[op->n[0]] = (pl_layer_rope){p->ops[j].v[0], op->n[2], op->n[3]};
             }
         }

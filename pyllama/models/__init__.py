@@ -1,0 +1,6 @@
+"""Model definitions, one module per architecture family, and what they share."""
+
+from pyllama.models.hparams import Hparams, ModelError
+from pyllama.models.model import ARCHITECTURES, Model, SequenceInput, load
+
+__all__ = ["ARCHITECTURES", "Hparams", "Model", "ModelError", "SequenceInput", "load"]

@@ -1,0 +1,212 @@
+"""A loaded model: tokenizer, program and key/value pool, run with lists of tokens and block numbers.
+
+This module knows files, architectures and the core. It knows nothing of requests, slots or sampling.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from pyllama import tokenizer as tokenizers
+from pyllama.core import BLOCK_TOKENS, CoreError, ThreadPool, call, create, ffi, lib
+from pyllama.gguf import GGUFFile
+from pyllama.graph import Graph
+from pyllama.models import gemma3, llama
+from pyllama.models.hparams import Hparams, ModelError
+from pyllama.models.weights import Weights
+
+__all__ = ["ARCHITECTURES", "Model", "SequenceInput", "load"]
+
+ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "gemma3": gemma3}
+"""``general.architecture`` → the module with its ``read_hparams`` and ``build``."""
+
+_KV_TYPES = {"f16": lib.PL_KV_F16, "f32": lib.PL_KV_F32}
+_SPARE_BLOCKS = 2  # beyond n_ctx: room for a copied block and for a partly filled one
+
+
+@dataclass(slots=True)
+class SequenceInput:
+    """One sequence's part of a run."""
+
+    tokens: Sequence[int]
+    """New tokens."""
+    n_past: int
+    """Tokens before them, whose keys and values are in ``blocks``."""
+    blocks: Sequence[int]
+    """Block numbers for positions 0 .. n_past + len(tokens) - 1, BLOCK_TOKENS positions each."""
+    outputs: int
+    """How many of the last new tokens get a row of logits."""
+
+
+class Model:
+    """Made by :func:`load`. Not thread-safe: one thread runs it (the engine's)."""
+
+    def __init__(
+        self, path: Path, gguf: GGUFFile, hp: Hparams, weights: Weights, *, n_ctx: int, n_batch: int, n_threads: int,
+        n_threads_batch: int, max_sequences: int, kv_type: str, pool: ThreadPool,
+    ) -> None:  # fmt: skip
+        self.path, self.hp = path, hp
+        self.architecture = hp.architecture
+        self.name: str = gguf.get("general.name", path.stem, str)
+        self.metadata = {k: v for k, v in gguf.metadata.items() if isinstance(v, (str, int, float, bool))}
+        self.tokenizer = tokenizers.from_gguf(gguf)
+        self.n_params = sum(int(np.prod(info.shape)) for info in gguf.tensors.values())
+        self.n_bytes = sum(info.n_bytes for info in gguf.tensors.values())
+        self.n_ctx, self.n_batch, self.max_outputs, self.max_sequences = n_ctx, n_batch, n_batch, max_sequences
+        self.n_blocks = -(-n_ctx // BLOCK_TOKENS) + _SPARE_BLOCKS
+        self.n_threads, self.n_threads_batch = n_threads, n_threads_batch
+        self.pool = pool
+        graph = Graph()
+        ARCHITECTURES[hp.architecture].build(graph, hp, weights)
+        self.weights = weights
+        self.kv = create(
+            lib.pl_kv_new, lib.pl_kv_free, hp.n_layer, self.n_blocks, hp.n_head_kv, hp.head_dim, _KV_TYPES[kv_type]
+        )
+        self.program = graph.compile(max_tokens=n_batch, max_outputs=n_batch, kv=self.kv, pool=pool)
+        self._tokens = np.zeros(n_batch, np.int32)
+        self._outputs = np.zeros(n_batch, np.int32)
+        self._blocks = np.zeros(self.n_blocks * 2, np.int32)
+        self._sequences = ffi.new("pl_sequence[]", max_sequences)
+        self._batch = ffi.new("pl_batch *")
+        self._batch.tokens = ffi.cast("int32_t *", self._tokens.ctypes.data)
+        self._batch.outputs = ffi.cast("int32_t *", self._outputs.ctypes.data)
+        self._batch.sequences = self._sequences
+        self._rows = np.empty((0, hp.n_vocab), np.float32)
+
+    def run(self, inputs: Sequence[SequenceInput], *, hidden: bool = False) -> np.ndarray:
+        """Evaluates the new tokens of some sequences in one call of the core, with the GIL released.
+
+        Args:
+            inputs: at most ``max_sequences`` sequences with at most ``n_batch`` new tokens in all.
+            hidden: give the last layer's normed states instead of logits.
+
+        Returns:
+            float32 [n_outputs, n_vocab], or [n_outputs, n_embd] with ``hidden``: the requested outputs, in the order of the
+            inputs. The array is valid until the next run.
+
+        Raises:
+            CoreError: a token, block or length is out of range.
+            ValueError: too many sequences or tokens.
+        """
+        batch = self._batch
+        n_tokens = n_outputs = n_blocks = 0
+        if len(inputs) > self.max_sequences:
+            raise ValueError(f"{len(inputs)} sequences in one run; the model was loaded for {self.max_sequences}")
+        if sum(len(item.tokens) for item in inputs) > self.n_batch:
+            raise ValueError(f"more than {self.n_batch} tokens in one run")
+        needed = sum(len(item.blocks) for item in inputs)
+        if needed > len(self._blocks):
+            self._blocks = np.zeros(2 * needed, np.int32)
+        for sequence, item in zip(self._sequences, inputs):
+            count, n_own_blocks = len(item.tokens), len(item.blocks)
+            self._tokens[n_tokens : n_tokens + count] = item.tokens
+            self._blocks[n_blocks : n_blocks + n_own_blocks] = item.blocks
+            sequence.first, sequence.n_tokens, sequence.n_past = n_tokens, count, item.n_past
+            sequence.n_blocks = n_own_blocks
+            sequence.blocks = ffi.cast("int32_t *", self._blocks.ctypes.data + 4 * n_blocks)
+            n_tokens += count
+            n_blocks += n_own_blocks
+            if item.outputs == 1:
+                self._outputs[n_outputs] = n_tokens - 1
+            elif item.outputs:
+                self._outputs[n_outputs : n_outputs + item.outputs] = range(n_tokens - item.outputs, n_tokens)
+            n_outputs += item.outputs
+        batch.n_tokens, batch.n_sequences, batch.n_outputs = n_tokens, len(inputs), n_outputs
+        if hidden:
+            rows = np.empty((n_outputs, self.hp.n_embd), np.float32)
+            batch.logits, batch.hidden = ffi.NULL, ffi.cast("float *", rows.ctypes.data)
+        else:
+            if len(self._rows) < n_outputs:
+                self._rows = np.empty((n_outputs, self.hp.n_vocab), np.float32)
+            rows = self._rows[:n_outputs]
+            batch.logits, batch.hidden = ffi.cast("float *", rows.ctypes.data), ffi.NULL
+        threads = self.n_threads if n_tokens <= len(inputs) else self.n_threads_batch
+        call(lib.pl_run, self.program.handle, threads, batch)
+        return rows
+
+    def kv_copy(
+        self, src_blocks: Sequence[int], src_pos: int, dst_blocks: Sequence[int], dst_pos: int, n: int
+    ) -> None:
+        """Copies keys and values of positions [src_pos, src_pos + n) of one block list to [dst_pos, dst_pos + n) of another;
+        keys are rotated by ``dst_pos - src_pos``. The ranges must not overlap inside one block.
+
+        Raises:
+            CoreError: a block or position is out of range.
+        """
+        src, dst = ffi.new("int32_t[]", list(src_blocks)), ffi.new("int32_t[]", list(dst_blocks))
+        call(lib.pl_kv_copy, self.program.handle, src, len(src_blocks), src_pos, dst, len(dst_blocks), dst_pos, n)
+
+    def close(self) -> None:
+        """Gives the memory back; the model cannot be used afterwards."""
+        for name in ("program", "kv", "weights", "pool", "_batch", "_sequences", "_rows"):
+            self.__dict__.pop(name, None)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    n_ctx: int = 512,
+    n_threads: int | None = None,
+    n_threads_batch: int | None = None,
+    n_batch: int = 512,
+    max_sequences: int = 64,
+    kv_type: str = "f16",
+    mmap: bool = True,
+    mlock: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> Model:
+    """Loads a GGUF file.
+
+    Args:
+        n_ctx: tokens in the key/value pool, shared by all sequences; 0: as many as the model was trained with.
+        n_threads: threads of a step that generates; None: one per core.
+        n_threads_batch: threads of a step that reads a prompt; None: the same.
+        n_batch: most new tokens of one run.
+        max_sequences: most sequences of one run.
+        kv_type: ``f16`` or ``f32``.
+        mmap: map the file instead of reading it.
+        mlock: keep the weights in memory.
+        progress: called with the fraction done.
+
+    Raises:
+        GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
+        CoreError: memory or threads were refused.
+        OSError: the file cannot be opened.
+        ValueError: an argument is out of range.
+    """
+    if kv_type not in _KV_TYPES:
+        raise ValueError(f"kv_type {kv_type!r}; one of {', '.join(_KV_TYPES)} is possible")
+    if n_ctx < 0 or n_batch < 1 or max_sequences < 1:
+        raise ValueError("n_ctx cannot be negative; n_batch and max_sequences must be positive")
+    n_threads = n_threads or os.cpu_count() or 1
+    n_threads_batch = n_threads_batch or n_threads
+    path = Path(path)
+    pool = ThreadPool(max(n_threads, n_threads_batch))
+    with GGUFFile.open(path, mmap=mmap) as gguf:
+        name = gguf.require("general.architecture", str)
+        architecture = ARCHITECTURES.get(name)
+        if architecture is None:
+            raise ModelError(f"architecture {name!r} is not one that pyllama runs ({', '.join(sorted(ARCHITECTURES))})")
+        hp = architecture.read_hparams(gguf)
+        try:
+            weights = Weights(gguf, pool, progress)
+            model = Model(
+                path, gguf, hp, weights, n_ctx=n_ctx or hp.n_ctx_train, n_batch=n_batch, n_threads=n_threads,
+                n_threads_batch=n_threads_batch, max_sequences=max_sequences, kv_type=kv_type, pool=pool,
+            )  # fmt: skip
+        except (CoreError, ValueError) as error:
+            raise ModelError(f"{path.name}: {error}") from error
+    if mlock:
+        try:
+            model.weights.lock()
+        except CoreError as error:  # as every program with this flag does: go on, but say so
+            warnings.warn(f"{error}; the weights may be swapped out", RuntimeWarning, stacklevel=2)
+    return model
