@@ -187,11 +187,18 @@ class Graph:
             kv: the core's ``pl_kv *``.
             pool: threads; kept alive by the program.
         """
-        return _Compiler(self.nodes).compile(max_tokens, max_outputs, kv, pool)
+        return Program(*lower(self.nodes), max_tokens, max_outputs, kv, pool)
+
+
+def lower(nodes: list[Node]) -> tuple[list[Op], list[Value], int]:
+    """Ops, values and the number of slots for ``nodes``: fusion and memory planning without the core."""
+    return _Compiler(nodes).lower()
 
 
 @dataclass
-class _Value:
+class Value:
+    """A matrix that the program keeps for a while: see ``pl_value`` in the core's header."""
+
     quantized: bool
     per_output: bool
     width: int
@@ -199,7 +206,9 @@ class _Value:
 
 
 @dataclass
-class _Op:
+class Op:
+    """One op of a program: see ``pl_op`` in the core's header."""
+
     kind: int
     inputs: list[int]
     outputs: list[int]
@@ -214,8 +223,8 @@ class _Compiler:
 
     def __init__(self, nodes: list[Node]) -> None:
         self.nodes = nodes
-        self.ops: list[_Op] = []
-        self.values: list[_Value] = []
+        self.ops: list[Op] = []
+        self.values: list[Value] = []
         self.floats: dict[Node, int] = {}
         self.quantized: dict[Node, int] = {}
         self.rope_tables: dict[Rope, int] = {}
@@ -254,7 +263,7 @@ class _Compiler:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def _new_value(self, node: Node, *, quantized: bool, width: int | None = None) -> int:
-        self.values.append(_Value(quantized, node.per_output, node.width if width is None else width))
+        self.values.append(Value(quantized, node.per_output, node.width if width is None else width))
         return len(self.values) - 1
 
     def _wants(self, node: Node) -> tuple[bool, bool]:
@@ -277,7 +286,7 @@ class _Compiler:
             return self._float(node)
         if node not in self.quantized:
             self.quantized[node] = self._new_value(node, quantized=True)
-            self.ops.append(_Op(lib.PL_OP_QUANTIZE, [self._float(node)], [self.quantized[node]]))
+            self.ops.append(Op(lib.PL_OP_QUANTIZE, [self._float(node)], [self.quantized[node]]))
         return self.quantized[node]
 
     def _produce_both(self, node: Node) -> list[int]:
@@ -299,14 +308,14 @@ class _Compiler:
 
     def _emit_embed(self, node: Node) -> None:
         self.ops.append(
-            _Op(lib.PL_OP_EMBED, [], [self._float_output(node)], f=(node.attrs["factor"],), weights=(node.weight,))
+            Op(lib.PL_OP_EMBED, [], [self._float_output(node)], f=(node.attrs["factor"],), weights=(node.weight,))
         )
 
     def _emit_rms_norm(self, node: Node) -> None:
         source = self._float(node.inputs[0])
         outputs = self._produce_both(node)
         self.ops.append(
-            _Op(lib.PL_OP_RMS_NORM, [source], outputs, f=(node.attrs["epsilon"],), vectors=(node.vector,))
+            Op(lib.PL_OP_RMS_NORM, [source], outputs, f=(node.attrs["epsilon"],), vectors=(node.vector,))
         )
 
     def _emit_linear(self, node: Node) -> None:
@@ -323,7 +332,7 @@ class _Compiler:
         outputs = [self._float_output(other) for other in group]
         self.grouped.update(group)
         self.ops.append(
-            _Op(
+            Op(
                 lib.PL_OP_LINEAR,
                 [source],
                 outputs,
@@ -342,20 +351,20 @@ class _Compiler:
         else:
             outputs = self._produce_both(node)
         self.ops.append(
-            _Op(lib.PL_OP_GLU, [source], outputs, n=(node.attrs["activation"],), weights=(gate.weight, up.weight))
+            Op(lib.PL_OP_GLU, [source], outputs, n=(node.attrs["activation"],), weights=(gate.weight, up.weight))
         )
 
     def _emit_add(self, node: Node) -> None:
         branch = next((source for source in node.inputs if self.absorbed.get(source) is node), None)
         if branch is None:
             inputs = [self._float(source) for source in node.inputs]
-            self.ops.append(_Op(lib.PL_OP_ADD, inputs, [self._float_output(node)]))
+            self.ops.append(Op(lib.PL_OP_ADD, inputs, [self._float_output(node)]))
             return
         residual = self._float(node.inputs[0] if node.inputs[1] is branch else node.inputs[1])
         if branch.op == "linear":
             source = self._operand(branch.inputs[0], branch.weight)
             self.ops.append(
-                _Op(
+                Op(
                     lib.PL_OP_LINEAR,
                     [source, residual],
                     [self._float_output(node)],
@@ -366,7 +375,7 @@ class _Compiler:
         else:
             source = self._float(branch.inputs[0])
             self.ops.append(
-                _Op(
+                Op(
                     lib.PL_OP_NORM_ADD,
                     [residual, source],
                     [self._float_output(node)],
@@ -377,13 +386,13 @@ class _Compiler:
 
     def _emit_scale(self, node: Node) -> None:
         source = self._float(node.inputs[0])
-        self.ops.append(_Op(lib.PL_OP_SCALE, [source], [self._float_output(node)], f=(node.attrs["factor"],)))
+        self.ops.append(Op(lib.PL_OP_SCALE, [source], [self._float_output(node)], f=(node.attrs["factor"],)))
 
     def _rope_table(self, rope: Rope, node: Node) -> int:
         if rope not in self.rope_tables:
             table = self._new_value(node, quantized=False, width=rope.n_rotated)
             self.rope_tables[rope] = table
-            op = _Op(lib.PL_OP_ROPE_TABLE, [], [table], n=(rope.n_rotated,), f=(rope.magnitude,), vectors=(rope.frequencies,))
+            op = Op(lib.PL_OP_ROPE_TABLE, [], [table], n=(rope.n_rotated,), f=(rope.magnitude,), vectors=(rope.frequencies,))
             self.ops.append(op)
         return self.rope_tables[rope]
 
@@ -418,7 +427,7 @@ class _Compiler:
         q, k, v = (self._float(base) for base in bases)
         kind = lib.PL_ROPE_HALVES if rope is not None and rope.halves else lib.PL_ROPE_PAIRS
         self.ops.append(
-            _Op(
+            Op(
                 lib.PL_OP_QKV,
                 [q, k, v, table],
                 [q],
@@ -428,7 +437,7 @@ class _Compiler:
             )
         )
         self.ops.append(
-            _Op(
+            Op(
                 lib.PL_OP_ATTENTION,
                 [q],
                 [self._float_output(node)],
@@ -438,13 +447,13 @@ class _Compiler:
         )
 
     def _emit_select(self, node: Node) -> None:
-        self.ops.append(_Op(lib.PL_OP_SELECT, [self._float(node.inputs[0])], [self._float_output(node)]))
+        self.ops.append(Op(lib.PL_OP_SELECT, [self._float(node.inputs[0])], [self._float_output(node)]))
 
     def _emit_logits(self, node: Node) -> None:
-        self.ops.append(_Op(lib.PL_OP_HIDDEN, [self._float(node.inputs[0])], []))
+        self.ops.append(Op(lib.PL_OP_HIDDEN, [self._float(node.inputs[0])], []))
         source = self._operand(node.inputs[0], node.weight)
         factors = (node.attrs["factor"], node.attrs["softcap"])
-        self.ops.append(_Op(lib.PL_OP_LOGITS, [source], [], f=factors, weights=(node.weight,)))
+        self.ops.append(Op(lib.PL_OP_LOGITS, [source], [], f=factors, weights=(node.weight,)))
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -474,18 +483,18 @@ class _Compiler:
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
-    def compile(self, max_tokens: int, max_outputs: int, kv: Any, pool: ThreadPool) -> Program:
+    def lower(self) -> tuple[list[Op], list[Value], int]:
         for node in self.nodes:
             if node not in self.absorbed and node not in self.grouped:
                 getattr(self, f"_emit_{node.op}")(node)
-        return Program(self.ops, self.values, self._plan_slots(), max_tokens, max_outputs, kv, pool)
+        return self.ops, self.values, self._plan_slots()
 
 
 class Program:
     """A program in the core, with everything it points to kept alive."""
 
     def __init__(
-        self, ops: list[_Op], values: list[_Value], n_slots: int, max_tokens: int, max_outputs: int, kv: Any, pool: ThreadPool
+        self, ops: list[Op], values: list[Value], n_slots: int, max_tokens: int, max_outputs: int, kv: Any, pool: ThreadPool
     ) -> None:
         self.max_tokens, self.max_outputs = max_tokens, max_outputs
         self._keep = (ops, kv, pool)

@@ -1,0 +1,135 @@
+"""Whole models: tiny random ones against the NumPy oracle, and what a run must not depend on (batching, blocks, threads)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyllama.core import CoreError
+from pyllama.models import Model, ModelError, SequenceInput, load
+from tests import tiny_models
+from tests.numpy_models import Reference
+
+TOKENS = [3, 17, 42, 7, 7, 99, 120, 5, 64, 33] * 5  # 50 tokens: more than a block
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def tiny_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / f"{request.param}.gguf"
+    getattr(tiny_models, f"make_{request.param}")(path, quant="F32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tiny_path: Path) -> Model:
+    return load(tiny_path, n_ctx=256, n_threads=2, kv_type="f32")
+
+
+def blocks_for(n: int, first: int = 0) -> list[int]:
+    return list(range(first, first + -(-n // 32)))
+
+
+def at_once(model: Model, tokens: list[int], blocks: list[int] | None = None) -> np.ndarray:
+    blocks = blocks or blocks_for(len(tokens))
+    return model.run([SequenceInput(tokens, 0, blocks, len(tokens))]).copy()
+
+
+def test_logits_are_the_oracle_s(model: Model, tiny_path: Path) -> None:
+    expected = Reference(tiny_path).logits(TOKENS)
+    np.testing.assert_allclose(at_once(model, TOKENS), expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("cpu", ["scalar", "avx2"])
+def test_other_kernels_agree(tiny_path: Path, cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = at_once(load(tiny_path, n_ctx=128, kv_type="f32"), TOKENS)
+    monkeypatch.setenv("PYLLAMA_CPU", cpu)
+    np.testing.assert_allclose(at_once(load(tiny_path, n_ctx=128, kv_type="f32"), TOKENS), best, rtol=1e-3, atol=1e-3)
+
+
+def test_token_by_token_is_the_same(model: Model) -> None:
+    whole = at_once(model, TOKENS)
+    blocks = [5, 1]
+    for i, token in enumerate(TOKENS):
+        row = model.run([SequenceInput([token], i, blocks, 1)])[0]
+        np.testing.assert_allclose(row, whole[i], rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_of_sequences_is_each_alone(model: Model) -> None:
+    """Different lengths, pasts and blocks; one that generates beside others that read."""
+    prompts = [TOKENS[:33], TOKENS[5:6], TOKENS[10:30]]
+    alone = [at_once(model, prompt)[-1] for prompt in prompts]
+    model.run([SequenceInput(prompts[0][:32], 0, [7, 2], 0)])
+    together = model.run(
+        [
+            SequenceInput(prompts[0][32:], 32, [7, 2], 1),
+            SequenceInput(prompts[1], 0, [3], 1),
+            SequenceInput(prompts[2], 0, [0], 1),
+        ]
+    )
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-3, atol=1e-3)
+
+
+def test_copied_blocks_give_the_same(model: Model) -> None:
+    whole = at_once(model, TOKENS, [0, 1])
+    model.kv_copy([0, 1], 0, [4, 5], 0, 40)
+    row = model.run([SequenceInput(TOKENS[40:], 40, [4, 5], 1)])[0]
+    np.testing.assert_allclose(row, whole[-1], rtol=1e-3, atol=1e-3)
+
+
+def test_shifted_keys_are_as_if_computed_there(tmp_path: Path) -> None:
+    """In a model of one layer keys depend on their token and position alone, so that a shift can be checked exactly."""
+    for make in (tiny_models.make_llama, tiny_models.make_gemma3):
+        path = tmp_path / "one.gguf"
+        make(path, n_layer=1, quant="F32")
+        model = load(path, n_ctx=256, kv_type="f32")
+        at_once(model, TOKENS, [0, 1])
+        model.kv_copy([0, 1], 13, [3, 4], 3, 30)  # tokens 13..42 move to positions 3..32
+        model.run([SequenceInput(TOKENS[:3], 0, [3, 4], 0)])
+        kept = TOKENS[:3] + TOKENS[13:43]
+        row = model.run([SequenceInput([9], len(kept), [3, 4], 1)])[0].copy()
+        expected = at_once(model, [*kept, 9], [5, 6])[-1]
+        np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_every_tensor_type_runs(tmp_path: Path, quant: str) -> None:
+    path = tmp_path / "model.gguf"
+    tiny_models.make_llama(path, n_embd=256, n_head=8, n_head_kv=4, n_ff=512, quant=quant)
+    expected = Reference(path).logits(TOKENS)
+    got = at_once(load(path, n_ctx=64, kv_type="f32"), TOKENS)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert error < (0.002 if quant in ("F16", "BF16") else 0.02)  # activations are quantized to 8 bits
+
+
+def test_hidden_states(model: Model) -> None:
+    logits = at_once(model, TOKENS)
+    hidden = model.run([SequenceInput(TOKENS, 0, blocks_for(len(TOKENS)), 3)], hidden=True)
+    assert hidden.shape == (3, model.hp.n_embd)
+    again = at_once(model, TOKENS)
+    np.testing.assert_array_equal(logits, again)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (SequenceInput([100000], 0, [0], 1), "not in the vocabulary"),
+        (SequenceInput([-1], 0, [0], 1), "not in the vocabulary"),
+        (SequenceInput([1], 32, [0], 1), "do not fit into 1 blocks"),
+        (SequenceInput([1], 0, [10000], 1), "block 10000 does not exist"),
+        (SequenceInput([1], -1, [0], 1), "malformed"),
+        (SequenceInput([], 0, [0], 0), "1 to"),
+    ],
+)
+def test_inputs_out_of_range_are_refused(model: Model, item: SequenceInput, message: str) -> None:
+    with pytest.raises(CoreError, match=message):
+        model.run([item])
+    at_once(model, TOKENS)
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    tiny_models.make_llama(path, architecture="mamba")
+    with pytest.raises(ModelError, match="'mamba' is not one that pyllama runs"):
+        load(path)
