@@ -9,6 +9,7 @@
 #if defined(__x86_64__)
 #include "kernels.h"
 
+#include <float.h>
 #include <immintrin.h>
 #include <math.h>
 
@@ -236,7 +237,7 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
     for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
         const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
         const float scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b))) / 127.0f;
-        const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
+        const __m512 inverse = _mm512_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
         const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
         const float sum_a = scale * (float)_mm512_reduce_add_epi32(qa), sum_b = scale * (float)_mm512_reduce_add_epi32(qb);
         _Alignas(16) int32_t fours[8];

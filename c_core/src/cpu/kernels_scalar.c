@@ -1,6 +1,7 @@
 /* kernels_scalar.c - the reference: plain C, one element after another, in the order in which the formulas read. */
 #include "kernels.h"
 
+#include <float.h>
 #include <math.h>
 
 static void product(const pl_weight *w, const uint8_t *panel, uint8_t *tile, int32_t lanes, float *out) {
@@ -63,7 +64,7 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         for (int j = 0; j < PL_GROUP; j++) {
             largest = fmaxf(largest, fabsf(x[j]));
         }
-        const float scale = largest / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        const float scale = largest / 127.0f, inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
         int32_t sum[2] = {0, 0};
         for (int j = 0; j < PL_GROUP; j++) {
             const int32_t q = (int32_t)fminf(fmaxf(rintf(x[j] * inverse), -127.0f), 127.0f);
