@@ -1,0 +1,371 @@
+/*
+ * kernels_neon.c - Arm's Advanced SIMD with dot products (from Armv8.2).
+ *
+ * A register holds one 32-bit number for each of four rows, so a panel is walked as two halves of two registers: both halves
+ * at once while there are registers for it (up to three lanes), one after the other otherwise. SDOT multiplies four codes of
+ * each row with four activations that it takes from any quarter of a second register: a tile's codes are used as they lie
+ * in memory, sixteen bytes at a time.
+ */
+#if defined(__aarch64__)
+#include "kernels.h"
+
+#include <arm_neon.h>
+#include <float.h>
+#include <math.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { QUARTER_ROWS = PL_PANEL_ROWS / 4, QUARTER_BYTES = 16, MAX_LANES = 6 };
+
+/* Bytes shifted by a number of bits that is a constant after inlining; negative: to the right. */
+INLINE uint8x16_t shifted(uint8x16_t v, int bits) { return vshlq_u8(v, vdupq_n_s8((int8_t)bits)); }
+
+/* Codes of columns 4i .. 4i+3 of a group, for 4 rows. The parameters before `low` are constants after inlining. */
+INLINE int8x16_t codes(int low_bits, int two_shift, int one_shift, const uint8_t *low, const uint8_t *two, const uint8_t *one,
+                       int i) {
+    uint8x16_t u = vdupq_n_u8(0);
+    if (low_bits == 8) { /* u = q + 128, and it is q that SDOT wants */
+        u = veorq_u8(vld1q_u8(low + 64 * i), vdupq_n_u8(0x80));
+    } else if (low_bits == 4) {
+        u = vld1q_u8(low + 64 * (i % 4));
+        u = i < 4 ? vandq_u8(u, vdupq_n_u8(15)) : vshrq_n_u8(u, 4);
+    }
+    if (two_shift >= 0) { /* bits 2(i%4).. of each byte go to bits two_shift.. */
+        const uint8x16_t bits = shifted(vld1q_u8(two + 64 * (i / 4)), two_shift - 2 * (i % 4));
+        u = vorrq_u8(u, vandq_u8(bits, vdupq_n_u8((uint8_t)(3 << two_shift))));
+    }
+    if (one_shift >= 0) {
+        const uint8x16_t bits = shifted(vld1q_u8(one), one_shift - i);
+        u = vorrq_u8(u, vandq_u8(bits, vdupq_n_u8((uint8_t)(1 << one_shift))));
+    }
+    return vreinterpretq_s8_u8(u);
+}
+
+INLINE float32x4_t halves(const uint8_t *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+
+INLINE uint8x8_t four_bytes(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    return vreinterpret_u8_u32(vdup_n_u32(four));
+}
+
+INLINE float32x4_t unsigned_bytes(uint8x8_t v) { return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(v)))); }
+INLINE float32x4_t signed_bytes(uint8x8_t v) {
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(v)))));
+}
+
+/* d and m (to be subtracted) of rows 4 * quarter .. 4 * quarter + 3 for sub-block `part` of a group. */
+INLINE void affine(int kind, int offset, const uint8_t *scales, int64_t group, int sub, int part, int quarter, float32x4_t *d,
+                   float32x4_t *m) {
+    const int at = quarter * QUARTER_ROWS;
+    if (kind == PL_SCALES_D) {
+        *d = halves(scales + group * 32 + 2 * at);
+        *m = vmulq_n_f32(*d, (float)offset);
+    } else if (kind == PL_SCALES_DM) {
+        *d = halves(scales + group * 64 + 2 * at);
+        *m = vnegq_f32(halves(scales + group * 64 + 32 + 2 * at));
+    } else {
+        const uint8_t *p = scales + group / 8 * pl_scales_k_bytes(kind);
+        const int64_t j = sub == 32 ? group % 8 : group % 8 * 2 + part;
+        const float32x4_t big_d = halves(p + 2 * at);
+        if (kind == PL_SCALES_K32) {
+            *d = vmulq_f32(big_d, unsigned_bytes(four_bytes(p + 64 + 16 * j + at)));
+            *m = vmulq_f32(halves(p + 32 + 2 * at), unsigned_bytes(four_bytes(p + 192 + 16 * j + at)));
+        } else if (kind == PL_SCALES_K16M) {
+            const uint8x8_t both = four_bytes(p + 64 + 16 * j + at);
+            *d = vmulq_f32(big_d, unsigned_bytes(vand_u8(both, vdup_n_u8(15))));
+            *m = vmulq_f32(halves(p + 32 + 2 * at), unsigned_bytes(vshr_n_u8(both, 4)));
+        } else {
+            *d = vmulq_f32(big_d, signed_bytes(four_bytes(p + 32 + 16 * j + at)));
+            *m = vmulq_n_f32(*d, (float)offset);
+        }
+    }
+}
+
+/* sum += the products of each row's four codes with quarter `quarter` of x; the instruction wants to know it beforehand. */
+INLINE int32x4_t dot(int32x4_t sum, int8x16_t u, int8x16_t x, int quarter) {
+    switch (quarter) {
+    case 0:
+        return vdotq_laneq_s32(sum, u, x, 0);
+    case 1:
+        return vdotq_laneq_s32(sum, u, x, 1);
+    case 2:
+        return vdotq_laneq_s32(sum, u, x, 2);
+    default:
+        return vdotq_laneq_s32(sum, u, x, 3);
+    }
+}
+
+/* `n` quarters of the panel from `first_quarter` on times a tile. */
+INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, int n,
+                             int first_quarter, const pl_weight *w, const uint8_t *panel, const uint8_t *tile,
+                             const float *dx, const float *sums, float *out) {
+    const int64_t groups = w->n_cols / PL_GROUP;
+    const uint8_t *low = panel + first_quarter * QUARTER_BYTES, *two = low + w->two_at, *one = low + w->one_at;
+    const uint8_t *scales = panel + w->scales_at;
+    const int8_t *q = (const int8_t *)tile;
+    float32x4_t total[2 * MAX_LANES];
+#pragma GCC unroll 12
+    for (int t = 0; t < n * lanes; t++) {
+        total[t] = vdupq_n_f32(0);
+    }
+    for (int64_t group = 0; group < groups; group++) {
+#pragma GCC unroll 2
+        for (int part = 0; part < PL_GROUP / sub; part++) {
+            int32x4_t sum[2 * MAX_LANES];
+#pragma GCC unroll 12
+            for (int t = 0; t < n * lanes; t++) {
+                sum[t] = vdupq_n_s32(0);
+            }
+#pragma GCC unroll 8
+            for (int i = part * (sub / 4); i < (part + 1) * (sub / 4); i++) {
+#pragma GCC unroll 4
+                for (int k = 0; k < n; k++) {
+                    const int at = k * QUARTER_BYTES;
+                    const int8x16_t u = codes(low_bits, two_shift, one_shift, low + at, two + at, one + at, i);
+#pragma GCC unroll 6
+                    for (int t = 0; t < lanes; t++) {
+                        const int four = i * lanes + t;
+                        sum[k * lanes + t] = dot(sum[k * lanes + t], u, vld1q_s8(q + four / 4 * 16), four % 4);
+                    }
+                }
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < n; k++) {
+                float32x4_t d, m;
+                affine(kind, offset, scales, group, sub, part, first_quarter + k, &d, &m);
+#pragma GCC unroll 6
+                for (int t = 0; t < lanes; t++) {
+                    float32x4_t *to = &total[k * lanes + t];
+                    *to = vfmaq_f32(*to, vmulq_n_f32(d, dx[t]), vcvtq_f32_s32(sum[k * lanes + t]));
+                    if (low_bits != 8) { /* with the sign restored, the codes have no offset any more */
+                        *to = vfmsq_n_f32(*to, m, sums[t]);
+                    }
+                }
+            }
+            sums += lanes;
+        }
+        low += PL_GROUP * PL_PANEL_ROWS * low_bits / 8;
+        two += two_shift >= 0 ? 128 : 0;
+        one += one_shift >= 0 ? 64 : 0;
+        q += PL_GROUP * lanes;
+        dx += lanes;
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < n; k++) {
+#pragma GCC unroll 6
+        for (int t = 0; t < lanes; t++) {
+            vst1q_f32(out + t * PL_PANEL_ROWS + (first_quarter + k) * QUARTER_ROWS, total[k * lanes + t]);
+        }
+    }
+}
+
+INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, const pl_weight *w,
+                    const uint8_t *panel, uint8_t *tile, float *out) {
+    const int32_t width = (int32_t)w->n_cols;
+    const float *dx = pl_q8_d(tile, width, lanes);
+    const float *sums = sub == 32 ? pl_q8_sum32(tile, width, lanes) : pl_q8_sum16(tile, width, lanes);
+    const int n = lanes <= MAX_LANES / 2 ? 4 : 2;
+    for (int quarter = 0; quarter < 4; quarter += n) {
+        product_quarters(low_bits, two_shift, one_shift, sub, kind, offset, lanes, n, quarter, w, panel, tile, dx, sums, out);
+    }
+}
+
+/* One function for each format and each number of lanes. */
+#define PRODUCT(name, lanes, ...)                                                                                           \
+    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out) {                       \
+        product(__VA_ARGS__, lanes, w, panel, tile, out);                                                                   \
+    }
+#define PRODUCTS(name, ...)                                                                                                 \
+    PRODUCT(name, 1, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 2, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 3, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 4, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 5, __VA_ARGS__)                                                                                           \
+    PRODUCT(name, 6, __VA_ARGS__)                                                                                           \
+    static const pl_panel_product name[] = {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
+
+/*              low two one sub scales offset: as in formats.c */
+PRODUCTS(q4_0, 4, -1, -1, 32, PL_SCALES_D, 8)
+PRODUCTS(q4_1, 4, -1, -1, 32, PL_SCALES_DM, 0)
+PRODUCTS(q5_0, 4, -1, 4, 32, PL_SCALES_D, 16)
+PRODUCTS(q5_1, 4, -1, 4, 32, PL_SCALES_DM, 0)
+PRODUCTS(q8_0, 8, -1, -1, 32, PL_SCALES_D, 128)
+PRODUCTS(q2_k, 0, 0, -1, 16, PL_SCALES_K16M, 0)
+PRODUCTS(q3_k, 0, 0, 2, 16, PL_SCALES_K16, 4)
+PRODUCTS(q4_k, 4, -1, -1, 32, PL_SCALES_K32, 0)
+PRODUCTS(q5_k, 4, -1, 4, 32, PL_SCALES_K32, 0)
+PRODUCTS(q6_k, 4, 4, -1, 16, PL_SCALES_K16, 32)
+
+static pl_panel_product product_for(const pl_format *format, int32_t lanes) {
+    static const pl_panel_product *const by_type[] = {
+        [PL_Q4_0] = q4_0, [PL_Q4_1] = q4_1, [PL_Q5_0] = q5_0, [PL_Q5_1] = q5_1, [PL_Q8_0] = q8_0,
+        [PL_Q2_K] = q2_k, [PL_Q3_K] = q3_k, [PL_Q4_K] = q4_k, [PL_Q5_K] = q5_k, [PL_Q6_K] = q6_k,
+    };
+    return by_type[format->type][lanes - 1];
+}
+
+/* One column of a quarter of a panel of a float matrix. */
+INLINE float32x4_t float_column(int type, const uint8_t *panel, int64_t at) {
+    if (type == PL_F32) {
+        return vld1q_f32((const float *)panel + at);
+    }
+    if (type == PL_F16) {
+        return halves(panel + 2 * at);
+    }
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(panel + 2 * at)), 16));
+}
+
+/* `chains` independent accumulators a lane and quarter hide the latency of the multiply-add when there are few lanes. */
+INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
+                            int64_t stride, float *out) {
+    float32x4_t total[16];
+#pragma GCC unroll 16
+    for (int t = 0; t < 4 * lanes * chains; t++) {
+        total[t] = vdupq_n_f32(0);
+    }
+    for (int64_t c = 0; c < columns; c += chains) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < chains; chain++) {
+            if (c + chain >= columns) {
+                break;
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) {
+                const float32x4_t u = float_column(type, panel, (c + chain) * PL_PANEL_ROWS + k * QUARTER_ROWS);
+#pragma GCC unroll 4
+                for (int t = 0; t < lanes; t++) {
+                    float32x4_t *to = &total[(chain * 4 + k) * lanes + t];
+                    *to = vfmaq_n_f32(*to, u, x[t * stride + c + chain]);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4 * lanes; i++) {
+        for (int chain = 1; chain < chains; chain++) {
+            total[i] = vaddq_f32(total[i], total[chain * 4 * lanes + i]);
+        }
+        vst1q_f32(out + i % lanes * PL_PANEL_ROWS + i / lanes * QUARTER_ROWS, total[i]);
+    }
+}
+
+INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
+                               float *out) {
+    while (n >= 4) {
+        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out);
+        x += 4 * stride;
+        out += 4 * PL_PANEL_ROWS;
+        n -= 4;
+    }
+    for (; n > 0; n--, x += stride, out += PL_PANEL_ROWS) {
+        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out);
+    }
+}
+
+static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out) {
+    switch (w->format->type) {
+    case PL_F32:
+        product_float_type(PL_F32, w, panel, x, stride, n, out);
+        break;
+    case PL_F16:
+        product_float_type(PL_F16, w, panel, x, stride, n, out);
+        break;
+    default:
+        product_float_type(PL_BF16, w, panel, x, stride, n, out);
+        break;
+    }
+}
+
+static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
+    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
+        float32x4_t v[8], largest = vdupq_n_f32(0);
+        for (int i = 0; i < 8; i++) {
+            v[i] = vld1q_f32(x + 4 * i);
+            largest = vmaxq_f32(largest, vabsq_f32(v[i]));
+        }
+        const float scale = vmaxvq_f32(largest) / 127.0f;
+        const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
+        int32x4_t halves_sum[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+        int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + lane;
+        for (int i = 0; i < 8; i++) {
+            const int32x4_t q = vcvtnq_s32_f32(vmulq_n_f32(v[i], inverse));
+            const int16x4_t narrow = vqmovn_s32(q);
+            halves_sum[i / 4] = vaddq_s32(halves_sum[i / 4], q);
+            to[i * lanes] = vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(narrow, narrow))), 0);
+        }
+        const int32_t sum_a = vaddvq_s32(halves_sum[0]), sum_b = vaddvq_s32(halves_sum[1]);
+        d[g * lanes + lane] = scale;
+        sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
+        sum16[2 * g * lanes + lane] = scale * (float)sum_a;
+        sum16[(2 * g + 1) * lanes + lane] = scale * (float)sum_b;
+    }
+}
+
+static void rms_norm(const float *x, const float *factor, float epsilon, int32_t n, float *y) {
+    const int32_t whole = n / 4 * 4;
+    float32x4_t by_four = vdupq_n_f32(0);
+    for (int32_t i = 0; i < whole; i += 4) {
+        const float32x4_t v = vld1q_f32(x + i);
+        by_four = vfmaq_f32(by_four, v, v);
+    }
+    float squares = vaddvq_f32(by_four);
+    for (int32_t i = whole; i < n; i++) {
+        squares += x[i] * x[i];
+    }
+    const float scale = 1.0f / sqrtf(squares / (float)n + epsilon);
+    for (int32_t i = 0; i < whole; i += 4) {
+        vst1q_f32(y + i, vmulq_f32(vmulq_n_f32(vld1q_f32(x + i), scale), vld1q_f32(factor + i)));
+    }
+    for (int32_t i = whole; i < n; i++) {
+        y[i] = x[i] * scale * factor[i];
+    }
+}
+
+/* e^x: 2^n times a polynomial in the rest, |rest| <= ln(2)/2; the polynomial is Cephes' expf's (Moshier). */
+INLINE float32x4_t exp_ps(float32x4_t x) {
+    x = vminq_f32(vmaxq_f32(x, vdupq_n_f32(-87.3f)), vdupq_n_f32(88.3f));
+    const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
+    float32x4_t r = vfmsq_n_f32(x, n, 0.693359375f);
+    r = vfmsq_n_f32(r, n, -2.12194440e-4f);
+    float32x4_t p = vdupq_n_f32(1.9875691500e-4f);
+    p = vfmaq_f32(vdupq_n_f32(1.3981999507e-3f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(8.3334519073e-3f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(4.1665795894e-2f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.6666665459e-1f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(5.0000001201e-1f), p, r);
+    p = vfmaq_f32(vaddq_f32(r, vdupq_n_f32(1.0f)), p, vmulq_f32(r, r));
+    /* n is -126 .. 127: the bits of 2^n */
+    const int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vmulq_f32(p, vreinterpretq_f32_s32(power));
+}
+
+/* Both activations are gate times a logistic function: silu of gate itself; gelu's 0.5 (1 + tanh z) is logistic(2z). */
+INLINE float32x4_t activated(int32_t activation, float32x4_t g, float32x4_t up) {
+    const float32x4_t one = vdupq_n_f32(1.0f);
+    float32x4_t z = g;
+    if (activation == PL_GELU_TANH) {
+        const float32x4_t cubic = vfmaq_f32(one, vmulq_f32(g, g), vdupq_n_f32(0.044715f));
+        z = vmulq_n_f32(vmulq_f32(g, cubic), 2 * 0.79788456f);
+    }
+    return vdivq_f32(vmulq_f32(g, up), vaddq_f32(one, exp_ps(vnegq_f32(z))));
+}
+
+static void glu(int32_t activation, const float *gate, const float *up, int32_t n, float *y) {
+    const int32_t whole = n / 4 * 4;
+    for (int32_t i = 0; i < whole; i += 4) {
+        vst1q_f32(y + i, activated(activation, vld1q_f32(gate + i), vld1q_f32(up + i)));
+    }
+    if (whole < n) {
+        const size_t rest = sizeof(float) * (size_t)(n - whole);
+        float g[4] = {0}, u[4] = {0};
+        memcpy(g, gate + whole, rest);
+        memcpy(u, up + whole, rest);
+        vst1q_f32(g, activated(activation, vld1q_f32(g), vld1q_f32(u)));
+        memcpy(y + whole, g, rest);
+    }
+}
+
+const pl_kernels pl_kernels_neon = {MAX_LANES, product_for, product_float, quantize, rms_norm, glu};
+#endif

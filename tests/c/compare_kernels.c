@@ -1,0 +1,222 @@
+/*
+ * compare_kernels.c - every kernel set that this processor runs against the scalar one: products of all formats for all
+ * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results.
+ *
+ * Linked with the core's sources. Prints one line for each set and for each difference; exits with the number of differences.
+ */
+#include "cpu/kernels.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static int differences;
+
+static void differ(const char *set, const char *what, int32_t a, int32_t b) {
+    printf("%s: %s differs (%d, %d)\n", set, what, a, b);
+    differences++;
+}
+
+static uint32_t state = 1;
+
+static uint32_t random_bits(void) { /* xorshift: Marsaglia 2003 */
+    state ^= state << 13;
+    state ^= state >> 17;
+    state ^= state << 5;
+    return state;
+}
+
+static float random_float(void) { return (float)random_bits() / 2147483648.0f - 1.0f; }
+
+static bool close_to(const float *a, const float *b, int32_t n, float tolerance) {
+    for (int32_t i = 0; i < n; i++) {
+        if (!(fabsf(a[i] - b[i]) <= tolerance)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Random bytes with scales from -1 to 1: half-precision numbers are found by trial, whatever their place in a block. */
+static uint8_t *random_matrix(int32_t type, int64_t n_rows, int64_t n_cols, int64_t *bytes) {
+    *bytes = pl_type_bytes(type, n_rows, n_cols);
+    uint8_t *data = malloc((size_t)*bytes);
+    float *values = malloc(sizeof(float) * (size_t)n_cols);
+    const int64_t row_bytes = *bytes / n_rows;
+    for (int64_t row = 0; row < n_rows; row++) {
+        bool good = false;
+        while (!good) {
+            for (int64_t i = 0; i < row_bytes; i++) {
+                data[row * row_bytes + i] = (uint8_t)(random_bits() >> 11);
+            }
+            pl_dequantize(type, data + row * row_bytes, row_bytes, n_cols, values, NULL);
+            good = true;
+            for (int64_t i = 0; i < n_cols && good; i++) {
+                good = fabsf(values[i]) <= 1e4f;
+            }
+            if (type == PL_F32) {
+                for (int64_t i = 0; i < n_cols; i++) {
+                    const float f = random_float();
+                    memcpy(data + row * row_bytes + 4 * i, &f, 4);
+                }
+                good = true;
+            } else if (type == PL_F16 || type == PL_BF16) {
+                for (int64_t i = 0; i < n_cols; i++) {
+                    const float f = random_float();
+                    uint32_t bits;
+                    memcpy(&bits, &f, 4);
+                    const uint16_t h = type == PL_F16 ? pl_f32_to_f16(f) : (uint16_t)(bits >> 16);
+                    memcpy(data + row * row_bytes + 2 * i, &h, 2);
+                }
+                good = true;
+            }
+        }
+    }
+    free(values);
+    return data;
+}
+
+/* One tile of `lanes` rows; memory that is exactly as large as it has to be. */
+static uint8_t *quantized_tile(const pl_kernels *k, const float *x, int32_t width, int32_t lanes) {
+    uint8_t *tile = pl_alloc((size_t)pl_q8_tile_bytes(width, lanes), NULL);
+    for (int32_t lane = 0; lane < lanes; lane++) {
+        k->quantize(x + (int64_t)lane * width, width / PL_GROUP, tile, width, lanes, lane, 0);
+    }
+    return tile;
+}
+
+static void compare_products(const pl_cpu_set *set, int32_t type) {
+    const pl_kernels *k = set->kernels, *scalar = &pl_kernels_scalar;
+    const int32_t unit = pl_type_block_elements(type), width = unit == 1 ? 67 : 3 * unit, n_rows = 21;
+    int64_t bytes;
+    uint8_t *data = random_matrix(type, n_rows, width, &bytes);
+    pl_weight *w = pl_weight_new(NULL, type, n_rows, width, data, bytes, NULL, NULL);
+    float *x = malloc(sizeof(float) * (size_t)width * PL_MAX_LANES);
+    for (int32_t i = 0; i < width * PL_MAX_LANES; i++) {
+        x[i] = random_float();
+    }
+    float *row = malloc(sizeof(float) * (size_t)width);
+    _Alignas(64) float got[PL_MAX_LANES * PL_PANEL_ROWS + 1], expected[PL_PANEL_ROWS];
+    for (int64_t panel = 0; panel < w->n_panels; panel++) {
+        float largest = 0;
+        for (int32_t r = (int32_t)panel * PL_PANEL_ROWS; r < PL_MIN((panel + 1) * PL_PANEL_ROWS, n_rows); r++) {
+            pl_weight_rows(w, &r, 1, row, NULL);
+            for (int32_t i = 0; i < width; i++) {
+                largest = fmaxf(largest, fabsf(row[i]));
+            }
+        }
+        const float tolerance = largest * (float)width * 1e-6f;
+        const uint8_t *p = pl_weight_panel(w, panel);
+        for (int32_t lanes = 1; lanes <= k->max_lanes; lanes++) {
+            got[lanes * PL_PANEL_ROWS] = -7;
+            if (pl_format_is_float(w->format)) {
+                k->product_float(w, p, x, width, lanes, got);
+            } else {
+                uint8_t *tile = quantized_tile(k, x, width, lanes);
+                k->product(w->format, lanes)(w, p, tile, got);
+                pl_free(tile);
+            }
+            if (got[lanes * PL_PANEL_ROWS] != -7) {
+                differ(set->name, "what lies behind a product", type, lanes);
+            }
+            for (int32_t lane = 0; lane < lanes; lane++) {
+                if (pl_format_is_float(w->format)) {
+                    scalar->product_float(w, p, x + lane * width, width, 1, expected);
+                } else {
+                    uint8_t *tile = quantized_tile(scalar, x + lane * width, width, 1);
+                    scalar->product(w->format, 1)(w, p, tile, expected);
+                    pl_free(tile);
+                }
+                if (!close_to(got + lane * PL_PANEL_ROWS, expected, PL_PANEL_ROWS, tolerance)) {
+                    differ(set->name, "a product", type, lanes);
+                }
+            }
+        }
+    }
+    free(row);
+    free(x);
+    pl_weight_free(w);
+    free(data);
+}
+
+static void compare_quantization(const pl_cpu_set *set) {
+    enum { WIDTH = 128 };
+    float x[PL_MAX_LANES * WIDTH];
+    for (int32_t lanes = 1; lanes <= set->kernels->max_lanes; lanes++) {
+        for (int32_t round = 0; round < 200; round++) {
+            const float size = ldexpf(1.0f, (int)(random_bits() >> 8) % 250 - 125);
+            for (int32_t i = 0; i < lanes * WIDTH; i++) {
+                x[i] = round == 0 ? 0.0f : round == 1 ? (float)(i % 64) - 31.5f : size * random_float();
+            }
+            if (round == 1) {
+                for (int32_t i = 0; i < lanes * WIDTH; i += PL_GROUP) {
+                    x[i] = -127.0f; /* a scale of 1: the other numbers are ties */
+                }
+            }
+            uint8_t *a = quantized_tile(set->kernels, x, WIDTH, lanes), *b = quantized_tile(&pl_kernels_scalar, x, WIDTH, lanes);
+            if (memcmp(a, b, (size_t)pl_q8_tile_bytes(WIDTH, lanes)) != 0) {
+                differ(set->name, "quantization", lanes, round);
+            }
+            pl_free(a);
+            pl_free(b);
+        }
+    }
+}
+
+static void compare_rows(const pl_cpu_set *set) {
+    enum { MOST = 70 };
+    float x[MOST], factor[MOST], got[MOST + 1], expected[MOST];
+    for (int32_t n = 1; n <= MOST; n++) {
+        for (int32_t i = 0; i < n; i++) {
+            x[i] = 3 * random_float();
+            factor[i] = random_float();
+        }
+        got[n] = -7;
+        set->kernels->rms_norm(x, factor, 1e-5f, n, got);
+        pl_kernels_scalar.rms_norm(x, factor, 1e-5f, n, expected);
+        if (!close_to(got, expected, n, 2e-6f) || got[n] != -7) {
+            differ(set->name, "the norm", n, 0);
+        }
+        memcpy(got, x, sizeof(float) * (size_t)n);
+        set->kernels->rms_norm(got, factor, 1e-5f, n, got);
+        if (!close_to(got, expected, n, 2e-6f)) {
+            differ(set->name, "the norm in place", n, 0);
+        }
+        for (int32_t activation = PL_SILU; activation <= PL_GELU_TANH; activation++) {
+            const float size = n % 3 == 0 ? 1.0f : n % 3 == 1 ? 10.0f : 200.0f;
+            for (int32_t i = 0; i < n; i++) {
+                x[i] = size * random_float();
+            }
+            set->kernels->glu(activation, x, factor, n, got);
+            pl_kernels_scalar.glu(activation, x, factor, n, expected);
+            if (!close_to(got, expected, n, 1e-6f * size) || got[n] != -7) {
+                differ(set->name, "an activation", activation, n);
+            }
+            memcpy(got, x, sizeof(float) * (size_t)n);
+            set->kernels->glu(activation, got, factor, n, got);
+            if (!close_to(got, expected, n, 1e-6f * size)) {
+                differ(set->name, "an activation in place", activation, n);
+            }
+        }
+    }
+}
+
+int main(void) {
+    static const char *const names[] = {"avx2", "avx512", "neon"};
+    static const int32_t types[] = {PL_F32,  PL_F16,  PL_BF16, PL_Q4_0, PL_Q4_1, PL_Q5_0, PL_Q5_1,
+                                    PL_Q8_0, PL_Q2_K, PL_Q3_K, PL_Q4_K, PL_Q5_K, PL_Q6_K};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        setenv("PYLLAMA_CPU", names[i], 1);
+        const pl_cpu_set *set = pl_cpu();
+        if (strcmp(set->name, names[i]) != 0) {
+            continue;
+        }
+        printf("%s\n", set->name);
+        for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
+            compare_products(set, types[t]);
+        }
+        compare_quantization(set);
+        compare_rows(set);
+    }
+    return PL_MIN(differences, 100);
+}
