@@ -220,6 +220,25 @@ int32_t pl_kv_copy(const pl_program *p, const int32_t *src_blocks, int32_t n_src
 
 /* ---- sampling helpers (c_core/src/sampling.c) ---------------------------------------------------------------------- */
 
+/* Logits that are NaN or -infinity are never taken; +infinity counts as the largest finite number. Of two equal logits the
+ * one with the lower token number is the better. Nothing here changes `logits` but pl_penalize and pl_matcher_mask. */
+
+/* The token with the largest logit, or -1 when there is none to take. */
+int32_t pl_argmax(const float *logits, int32_t n);
+/* log(sum of e^(logit * scale)), scale > 0; -infinity when there is nothing to sum. */
+double pl_log_sum_exp(const float *logits, int32_t n, float scale);
+/* The following three write token numbers and logits, the best first, and return how many. */
+/* The k >= 1 best; tokens[k], values[k]. */
+int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *tokens, float *values, pl_error *err);
+/* All that are at least `floor`; tokens[n], values[n]. */
+int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, float *values, pl_error *err);
+/* The fewest, and at least one, whose probabilities sum to p or more; tokens[n], values[n]. */
+int32_t pl_nucleus(const float *logits, int32_t n, float p, int32_t *tokens, float *values, pl_error *err);
+/* Lowers the logits of tokens that occurred counts[i] > 0 times: positive ones are divided by `repeat`, the others multiplied
+ * with it, then `frequency` times the count and `presence` are subtracted. No token may be given twice. */
+int32_t pl_penalize(float *logits, int32_t n, const int32_t *tokens, const int32_t *counts, int32_t n_tokens, float repeat,
+                    float frequency, float presence, pl_error *err);
+
 /* ---- tokenizer helpers (c_core/src/bpe.c) -------------------------------------------------------------------------- */
 
 /* GGUF's numbers for the kinds of tokens. */
@@ -296,6 +315,14 @@ int64_t pl_bpe_encode(const pl_bpe *bpe, const uint8_t *text, int64_t n_bytes, c
 /* ---- container helpers (c_core/src/gguf.c) ------------------------------------------------------------------------- */
 
 /* ---- machine limits, measured (c_core/src/measure.c) --------------------------------------------------------------- */
+
+/* How fast `n_threads` of the pool's threads (0: all) read memory from end to end: the best of the passes over `bytes`
+ * (at least 1 MiB; should be many times the caches) that begin within `seconds`, in 10^9 bytes a second. */
+int32_t pl_measure_read_bandwidth(pl_pool *pool, int32_t n_threads, int64_t bytes, double seconds, double *rate,
+                                  pl_error *err);
+/* How fast they multiply and add int8 numbers in registers, with the instruction that products use: in 10^9 operations a
+ * second, a multiplication and its addition being two. */
+int32_t pl_measure_int8_rate(pl_pool *pool, int32_t n_threads, double seconds, double *rate, pl_error *err);
 
 #ifdef __cplusplus
 }

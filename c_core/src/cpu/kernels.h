@@ -8,6 +8,8 @@
 #include "activations.h"
 #include "weights.h"
 
+enum { PL_READ_UNIT = 1024, PL_ROUND_PRODUCTS = 8192 };
+
 /* out[lanes][16] = one panel of a quantized matrix times one tile of activations. */
 typedef void (*pl_panel_product)(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out);
 
@@ -25,6 +27,12 @@ typedef struct pl_kernels {
     void (*rms_norm)(const float *x, const float *factor, float epsilon, int32_t n, float *y);
     /* y = activation(gate) * up; y may be gate or up. */
     void (*glu)(int32_t activation, const float *gate, const float *up, int32_t n, float *y);
+
+    /* For measuring the machine's limits (measure.c). The results only keep the work from being optimized away. */
+    /* Reads `bytes`, a multiple of PL_READ_UNIT, at `p`, which is aligned to 64. */
+    int32_t (*read)(const uint8_t *p, int64_t bytes);
+    /* `rounds` times PL_ROUND_PRODUCTS products of two int8 numbers, summed, with all operands in registers. */
+    int32_t (*multiply_add)(int64_t rounds);
 } pl_kernels;
 
 extern const pl_kernels pl_kernels_scalar;

@@ -242,6 +242,7 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * lanes; i++) {
+#pragma GCC unroll 4
         for (int chain = 1; chain < chains; chain++) {
             total[i] = _mm256_add_ps(total[i], total[chain * 2 * lanes + i]);
         }
@@ -379,5 +380,56 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
-const pl_kernels pl_kernels_avx2 = {MAX_LANES, product_for, product_float, quantize, rms_norm, glu};
+static int32_t read(const uint8_t *p, int64_t bytes) {
+    __m256i all[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        all[j] = _mm256_setzero_si256();
+    }
+    for (int64_t i = 0; i < bytes; i += 256) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            all[j] = _mm256_xor_si256(all[j], _mm256_load_si256((const __m256i *)(p + i + 32 * j)));
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 1; j < 8; j++) {
+        all[0] = _mm256_xor_si256(all[0], all[j]);
+    }
+    return integer_sum_of(all[0]);
+}
+
+/* As in the products of four-bit codes: eight 16-bit sums of two, then widened. */
+static int32_t multiply_add(int64_t rounds) {
+    enum { SUMS = 4, RUN = 8, STEPS = PL_ROUND_PRODUCTS / (SUMS * RUN * 32) };
+    const __m256i x = _mm256_set1_epi8(-5), ones = _mm256_set1_epi16(1);
+    __m256i u = _mm256_set1_epi8(3), sum[SUMS];
+#pragma GCC unroll 4
+    for (int t = 0; t < SUMS; t++) {
+        sum[t] = _mm256_setzero_si256();
+    }
+    for (int64_t i = 0; i < rounds * STEPS; i++) {
+        __m256i narrow[SUMS];
+#pragma GCC unroll 8
+        for (int step = 0; step < RUN; step++) {
+#pragma GCC unroll 4
+            for (int t = 0; t < SUMS; t++) {
+                __asm__ volatile("" : "+x"(u)); /* the compiler shall not see that all products are equal */
+                const __m256i two_products = _mm256_maddubs_epi16(u, x);
+                narrow[t] = step ? _mm256_add_epi16(narrow[t], two_products) : two_products;
+            }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < SUMS; t++) {
+            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(narrow[t], ones));
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 1; t < SUMS; t++) {
+        sum[0] = _mm256_xor_si256(sum[0], sum[t]);
+    }
+    return integer_sum_of(sum[0]);
+}
+
+const pl_kernels pl_kernels_avx2 = {MAX_LANES, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
 #endif

@@ -198,6 +198,7 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
     }
 #pragma GCC unroll 12
     for (int t = 0; t < lanes; t++) {
+#pragma GCC unroll 4
         for (int chain = 1; chain < chains; chain++) {
             total[t * chains] = _mm512_add_ps(total[t * chains], total[t * chains + chain]);
         }
@@ -303,5 +304,38 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
-const pl_kernels pl_kernels_avx512 = {12, product_for, product_float, quantize, rms_norm, glu};
+static int32_t read(const uint8_t *p, int64_t bytes) {
+    __m512i all[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t i = 0; i < bytes; i += 256) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            all[j] = _mm512_xor_si512(all[j], _mm512_load_si512(p + i + 64 * j));
+        }
+    }
+    return _mm512_reduce_add_epi32(_mm512_xor_si512(_mm512_xor_si512(all[0], all[1]), _mm512_xor_si512(all[2], all[3])));
+}
+
+static int32_t multiply_add(int64_t rounds) {
+    enum { SUMS = 16, STEPS = PL_ROUND_PRODUCTS / (SUMS * 64) };
+    const __m512i u = _mm512_set1_epi8(3), x = _mm512_set1_epi8(-5);
+    __m512i sum[SUMS];
+#pragma GCC unroll 16
+    for (int t = 0; t < SUMS; t++) {
+        sum[t] = _mm512_setzero_si512();
+    }
+    for (int64_t i = 0; i < rounds * STEPS; i++) {
+#pragma GCC unroll 16
+        for (int t = 0; t < SUMS; t++) {
+            sum[t] = _mm512_dpbusd_epi32(sum[t], u, x);
+            __asm__ volatile("" : "+v"(sum[t])); /* the compiler shall not see that all sums are equal */
+        }
+    }
+#pragma GCC unroll 16
+    for (int t = 1; t < SUMS; t++) {
+        sum[0] = _mm512_xor_si512(sum[0], sum[t]);
+    }
+    return _mm512_reduce_add_epi32(sum[0]);
+}
+
+const pl_kernels pl_kernels_avx512 = {12, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
 #endif

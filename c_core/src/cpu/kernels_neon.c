@@ -243,6 +243,7 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
     }
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * lanes; i++) {
+#pragma GCC unroll 4
         for (int chain = 1; chain < chains; chain++) {
             total[i] = vaddq_f32(total[i], total[chain * 4 * lanes + i]);
         }
@@ -367,5 +368,46 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
-const pl_kernels pl_kernels_neon = {MAX_LANES, product_for, product_float, quantize, rms_norm, glu};
+static int32_t read(const uint8_t *p, int64_t bytes) {
+    uint8x16_t all[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        all[j] = vdupq_n_u8(0);
+    }
+    for (int64_t i = 0; i < bytes; i += 128) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            all[j] = veorq_u8(all[j], vld1q_u8(p + i + 16 * j));
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 1; j < 8; j++) {
+        all[0] = veorq_u8(all[0], all[j]);
+    }
+    return vaddvq_s32(vreinterpretq_s32_u8(all[0]));
+}
+
+static int32_t multiply_add(int64_t rounds) {
+    enum { SUMS = 16, STEPS = PL_ROUND_PRODUCTS / (SUMS * 16) };
+    const int8x16_t u = vdupq_n_s8(3), x = vdupq_n_s8(-5);
+    int32x4_t sum[SUMS];
+#pragma GCC unroll 16
+    for (int t = 0; t < SUMS; t++) {
+        sum[t] = vdupq_n_s32(0);
+    }
+    for (int64_t i = 0; i < rounds * STEPS; i++) {
+#pragma GCC unroll 16
+        for (int t = 0; t < SUMS; t++) {
+            sum[t] = dot(sum[t], u, x, t % 4);
+            __asm__ volatile("" : "+w"(sum[t])); /* the compiler shall not see that all sums are equal */
+        }
+    }
+#pragma GCC unroll 16
+    for (int t = 1; t < SUMS; t++) {
+        sum[0] = veorq_s32(sum[0], sum[t]);
+    }
+    return vaddvq_s32(sum[0]);
+}
+
+const pl_kernels pl_kernels_neon = {MAX_LANES, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
 #endif

@@ -100,4 +100,31 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
-const pl_kernels pl_kernels_scalar = {4, product_for, product_float, quantize, rms_norm, glu};
+static int32_t read(const uint8_t *p, int64_t bytes) {
+    uint64_t all = 0;
+    for (int64_t i = 0; i < bytes; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, p + i, sizeof eight);
+        all ^= eight;
+    }
+    return (int32_t)all;
+}
+
+static int32_t multiply_add(int64_t rounds) {
+    uint8_t codes[PL_GROUP];
+    int8_t q[PL_GROUP];
+    memset(codes, 3, sizeof codes);
+    memset(q, -5, sizeof q);
+    int32_t all = 0;
+    for (int64_t i = 0; i < rounds * (PL_ROUND_PRODUCTS / PL_GROUP); i++) {
+        __asm__ volatile("" : : "r"(codes), "r"(q) : "memory"); /* the compiler shall not know what they hold */
+        int32_t sum = 0;
+        for (int k = 0; k < PL_GROUP; k++) {
+            sum += codes[k] * q[k];
+        }
+        all ^= sum;
+    }
+    return all;
+}
+
+const pl_kernels pl_kernels_scalar = {4, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
