@@ -21,5 +21,7 @@ def from_gguf(gguf: GGUFFile) -> Tokenizer:
     """
     model = gguf.require("tokenizer.ggml.model", str)
     if model not in FAMILIES:
-        raise ValueError(f"tokenizer.ggml.model is {model!r}, which pyllama does not know (it knows {', '.join(FAMILIES)})")
+        raise ValueError(
+            f"tokenizer.ggml.model is {model!r}, which pyllama does not know (it knows {', '.join(FAMILIES)})"
+        )
     return FAMILIES[model](gguf)

@@ -164,7 +164,9 @@ class Tokenizer(ABC):
         self.add_space_prefix = gguf.get("tokenizer.ggml.add_space_prefix", add_space_prefix, bool)
         for wanted, token, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
             if wanted and token is None:
-                raise ValueError(f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is missing")
+                raise ValueError(
+                    f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is missing"
+                )
         self.chat_template: str | None = gguf.get("tokenizer.chat_template", None, str)
 
         special = (lib.PL_TOKEN_CONTROL, lib.PL_TOKEN_UNKNOWN, lib.PL_TOKEN_USER_DEFINED)
@@ -289,7 +291,9 @@ class Tokenizer(ABC):
             raise ValueError(f"{TOKEN_TYPE}: token {wrong[0]} has the unknown type {types[wrong[0]]}")
         return memoryview(types)
 
-    def _read_id(self, gguf: GGUFFile, *names: str, texts: tuple[str, ...] = (), default: int | None = None) -> int | None:
+    def _read_id(
+        self, gguf: GGUFFile, *names: str, texts: tuple[str, ...] = (), default: int | None = None
+    ) -> int | None:
         """The token that `tokenizer.ggml.<name>_token_id` gives, else the one with one of the texts, else `default`.
 
         A token that is found by its text becomes a control token: its type is often forgotten.
@@ -367,9 +371,9 @@ def pointer(array: np.ndarray) -> ffi.CData:
 def string_array(gguf: GGUFFile, key: str) -> StringArray:
     """The array of strings at `key`. Raises `ValueError` when there is none."""
     value = gguf.metadata.get(key)
-    if not isinstance(value, StringArray):
-        raise ValueError(f"{key} is missing" if value is None else f"{key} is not an array of strings")
-    return value
+    if isinstance(value, StringArray):
+        return value
+    raise ValueError(f"{key} is missing" if value is None else f"{key} is not an array of strings")
 
 
 def string_arguments(strings: StringArray) -> tuple[ffi.CData, int, ffi.CData, ffi.CData, int]:

@@ -13,9 +13,9 @@ from itertools import chain
 import numpy as np
 import regex
 
-from ..core import create, ffi, lib
+from ..core import call, create, ffi, lib
 from ..gguf import GGUFFile
-from .base import Tokenizer, blame, string_arguments, string_array
+from .base import Tokenizer, blame, pointer, string_arguments, string_array
 
 __all__ = ["PRE_TOKENIZERS", "ByteLevelBPE", "PreTokenizer"]
 
@@ -29,11 +29,13 @@ class PreTokenizer:
     Attributes:
         patterns: regular expressions that are applied one after the other, each to the words that the one before it left.
             The matches of each cover the whole text.
+        core_words: the core's function that does the same faster (a `PL_WORDS_` number), or None.
         whole_first: a word that is a token is taken at once, without regard to the merges.
         add_bos: a prompt begins with the begin of sequence, unless the metadata say otherwise.
     """
 
     patterns: tuple[str, ...]
+    core_words: int | None = None
     whole_first: bool = False
     add_bos: bool = False
 
@@ -59,11 +61,11 @@ LLAMA3_WORD = (
 )
 QWEN2_WORD = LLAMA3_WORD.replace(r"\p{N}{1,3}", r"\p{N}")
 
-GPT2 = PreTokenizer((GPT2_WORD,))
-SMOLLM = PreTokenizer((SMOLLM_WORD,))
-LLAMA3 = PreTokenizer((LLAMA3_WORD,), whole_first=True, add_bos=True)
-SMAUG = PreTokenizer((LLAMA3_WORD,))
-QWEN2 = PreTokenizer((QWEN2_WORD,))
+GPT2 = PreTokenizer((GPT2_WORD,), lib.PL_WORDS_GPT2)
+SMOLLM = PreTokenizer((SMOLLM_WORD,), lib.PL_WORDS_SMOLLM)
+LLAMA3 = PreTokenizer((LLAMA3_WORD,), lib.PL_WORDS_LLAMA3, whole_first=True, add_bos=True)
+SMAUG = PreTokenizer((LLAMA3_WORD,), lib.PL_WORDS_LLAMA3)
+QWEN2 = PreTokenizer((QWEN2_WORD,), lib.PL_WORDS_QWEN2)
 # For files that do not name one: punctuation by itself, GPT-2's words, digits by themselves, in threes.
 DEFAULT = PreTokenizer(
     (
@@ -102,11 +104,28 @@ class ByteLevelBPE(Tokenizer):
     def _make_rules(self, gguf: GGUFFile) -> ffi.CData:
         merges = string_arguments(string_array(gguf, MERGES))
         with blame(MERGES):
-            return create(
-                lib.pl_bpe_new_ranked, lib.pl_bpe_free, self._vocab, *merges, self._pre_tokenizer.whole_first
-            )
+            return create(lib.pl_bpe_new_ranked, lib.pl_bpe_free, self._vocab, *merges, self._pre_tokenizer.whole_first)
 
     def _pre_tokenize(self, data: bytes, sizes: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self._pre_tokenizer.core_words is None:
+            return self._pre_tokenize_by_patterns(data, sizes, tokens)
+        word_sizes, word_tokens = np.empty(len(data), np.int32), np.empty(len(data), np.int32)
+        n = call(
+            lib.pl_cut_words,
+            self._pre_tokenizer.core_words,
+            data,
+            len(data),
+            pointer(sizes),
+            pointer(tokens),
+            len(sizes),
+            pointer(word_sizes),
+            pointer(word_tokens),
+        )
+        return word_sizes[:n], word_tokens[:n]
+
+    def _pre_tokenize_by_patterns(
+        self, data: bytes, sizes: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         word_sizes: list[int] = []
         word_tokens: list[int] = []
         begin = 0
