@@ -233,11 +233,60 @@ int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *tokens, flo
 /* All that are at least `floor`; tokens[n], values[n]. */
 int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, float *values, pl_error *err);
 /* The fewest, and at least one, whose probabilities sum to p or more; tokens[n], values[n]. */
-int32_t pl_nucleus(const float *logits, int32_t n, float p, int32_t *tokens, float *values, pl_error *err);
+int32_t pl_nucleus(const float *logits, int32_t n, double p, int32_t *tokens, float *values, pl_error *err);
 /* Lowers the logits of tokens that occurred counts[i] > 0 times: positive ones are divided by `repeat`, the others multiplied
  * with it, then `frequency` times the count and `presence` are subtracted. No token may be given twice. */
 int32_t pl_penalize(float *logits, int32_t n, const int32_t *tokens, const int32_t *counts, int32_t n_tokens, float repeat,
                     float frequency, float presence, pl_error *err);
+
+/*
+ * Grammars (c_core/src/grammar.c). A grammar is a network of nodes; every rule has its own. Matching is over code points:
+ *
+ * kind                argument            what it does
+ * PL_GRAMMAR_CHARS    number of a set     consumes one character of the set, goes on to `next`
+ * PL_GRAMMAR_CALL     number of a rule    consumes what the rule matches, goes on to `next`
+ * PL_GRAMMAR_FORK     node, or -1         consumes nothing, goes on to `next` and to the other node
+ * PL_GRAMMAR_END      -                   the rule has matched
+ */
+enum pl_grammar_node_kind { PL_GRAMMAR_CHARS = 0, PL_GRAMMAR_CALL = 1, PL_GRAMMAR_FORK = 2, PL_GRAMMAR_END = 3 };
+
+typedef struct pl_grammar_node {
+    int32_t kind; /* enum pl_grammar_node_kind */
+    int32_t argument;
+    int32_t next; /* node number; -1 for PL_GRAMMAR_END */
+} pl_grammar_node;
+
+typedef struct pl_grammar pl_grammar;
+
+/* starts[i] is the first node of rule i; `root` is the rule to begin with. Set i is ranges[2 * j], ranges[2 * j + 1] (first
+ * and last code point) for ends[i] <= j < ends[i + 1], ascending and disjoint. Everything is copied. A rule that can come to
+ * itself without consuming a character is refused, and its number is put into *left_recursive. Never changes afterwards. */
+pl_grammar *pl_grammar_new(const pl_grammar_node *nodes, int32_t n_nodes, const int32_t *starts, int32_t n_rules,
+                           int32_t root, const int32_t *ranges, const int32_t *ends, int32_t n_sets,
+                           int32_t *left_recursive, pl_error *err);
+void pl_grammar_free(pl_grammar *grammar);
+
+/* The bytes of all tokens as a tree. Never changes after it is made. */
+typedef struct pl_trie pl_trie;
+
+/* Token i is the bytes offsets[i] to offsets[i + 1] of data; they are read during the call only. */
+pl_trie *pl_trie_new(const uint8_t *data, int64_t n_data, const int32_t *offsets, int32_t n_tokens, pl_error *err);
+void pl_trie_free(pl_trie *trie);
+
+/* Follows one text through a grammar, which must outlive it. */
+typedef struct pl_matcher pl_matcher;
+
+pl_matcher *pl_matcher_new(const pl_grammar *grammar, pl_error *err);
+void pl_matcher_free(pl_matcher *matcher);
+/* 1 if these bytes (UTF-8, which may begin and end inside a character) may come next, or 0. */
+int32_t pl_matcher_allows(pl_matcher *matcher, const uint8_t *bytes, int64_t n_bytes, pl_error *err);
+/* The same; when they may, they have come. */
+int32_t pl_matcher_accept(pl_matcher *matcher, const uint8_t *bytes, int64_t n_bytes, pl_error *err);
+/* Whether the text may end here; whether it may, and no character can follow. */
+int32_t pl_matcher_can_end(const pl_matcher *matcher);
+int32_t pl_matcher_must_end(const pl_matcher *matcher);
+/* Sets to -infinity the logits[n_logits] of the trie's tokens that may not come next, and of those without bytes. */
+int32_t pl_matcher_mask(pl_matcher *matcher, const pl_trie *trie, float *logits, int32_t n_logits, pl_error *err);
 
 /* ---- tokenizer helpers (c_core/src/bpe.c) -------------------------------------------------------------------------- */
 
@@ -313,6 +362,11 @@ int64_t pl_bpe_encode(const pl_bpe *bpe, const uint8_t *text, int64_t n_bytes, c
 
 
 /* ---- container helpers (c_core/src/gguf.c) ------------------------------------------------------------------------- */
+
+/* Walks `n_strings` strings (a 64-bit length, then that many bytes) that begin at `data`, and notes where the bytes of each
+ * begin, counted from `data`, and how many they are. Returns the bytes walked over. */
+int64_t pl_gguf_scan_strings(const void *data, int64_t n_bytes, int64_t n_strings, int64_t *offsets, int64_t *lengths,
+                             pl_error *err);
 
 /* ---- machine limits, measured (c_core/src/measure.c) --------------------------------------------------------------- */
 
