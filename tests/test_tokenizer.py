@@ -419,6 +419,8 @@ def test_space_prefix(make: Callable) -> None:
     assert tokenizer.decode([3, word]) == "<|user|> a"
     assert tokenizer.stream_decoder().push(word) == " a"
     assert make(spm_metadata({"a": 0.0}, add_space_prefix=False)).encode("a") == [260]
+    byte_level = make(bpe_metadata([], add_space_prefix=True))
+    assert byte_level.decode(byte_level.encode(" a")) == " a"
 
 
 def test_begin_and_end_of_sequence(make: Callable) -> None:

@@ -161,7 +161,9 @@ class Tokenizer(ABC):
         )
         self.add_bos = gguf.get("tokenizer.ggml.add_bos_token", add_bos, bool)
         self.add_eos = gguf.get("tokenizer.ggml.add_eos_token", False, bool)
-        self.add_space_prefix = gguf.get("tokenizer.ggml.add_space_prefix", add_space_prefix, bool)
+        # Byte-level vocabularies have no such rule; some files say true all the same.
+        wants_space = gguf.get("tokenizer.ggml.add_space_prefix", add_space_prefix, bool)
+        self.add_space_prefix = wants_space and not self.byte_level
         for wanted, token, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
             if wanted and token is None:
                 raise ValueError(
@@ -363,7 +365,7 @@ def to_utf8(text: str) -> bytes:
 
 
 def pointer(array: np.ndarray) -> ffi.CData:
-    """The data of a contiguous array as the core wants them; the array must outlive the pointer."""
+    """The data of a contiguous array as the core wants them; the array lives as long as the pointer."""
     kind = {"uint8": "uint8_t[]", "int32": "int32_t[]", "int64": "int64_t[]", "float32": "float[]"}[array.dtype.name]
     return ffi.from_buffer(kind, array)
 
