@@ -84,7 +84,7 @@ def make(tmp_path: Path) -> Callable[[dict], Tokenizer]:
 
 
 def spm_metadata(pieces: dict[str, float], **changes: object) -> dict:
-    """A SentencePiece-style vocabulary: <unk>, <s>, </s>, <|user|> (user-defined), the 256 bytes, then `pieces`."""
+    """A SentencePiece-style vocabulary: <unk>, <s>, </s>, <|user|> (user-defined), the 256 bytes, then ``pieces``."""
     texts = ["<unk>", "<s>", "</s>", "<|user|>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     types = [UNKNOWN, CONTROL, CONTROL, USER_DEFINED, *[BYTE] * 256, *[NORMAL] * len(pieces)]
     return {
@@ -641,7 +641,7 @@ def test_families(make: Callable) -> None:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_vocabulary_works_or_is_refused(make: Callable, data: st.DataObject) -> None:
-    """Random texts, types, scores, merges and numbers: a `ValueError`, or a tokenizer that keeps its promises."""
+    """Random texts, types, scores, merges and numbers: a ``ValueError``, or a tokenizer that keeps its promises."""
     token = st.one_of(st.binary(max_size=4), st.text("ab ▁<0x41>", max_size=6).map(str.encode))
     tokens = data.draw(st.lists(token, min_size=1, max_size=30, unique=True))
     n = len(tokens)

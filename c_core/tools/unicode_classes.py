@@ -1,8 +1,8 @@
-"""Writes `c_core/src/unicode_classes.h`: which characters are letters, numbers and white space.
+"""Writes ``c_core/src/unicode_classes.h``: which characters are letters, numbers and white space.
 
     python c_core/tools/unicode_classes.py > c_core/src/unicode_classes.h
 
-The properties are those of the `regex` package, whose patterns define the words that `c_core/src/words.c` finds.
+The properties are those of the ``regex`` package, whose patterns define the words that ``c_core/src/words.c`` finds.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Tokenizers: text to the numbers that a model reads, and back. One module per family; `from_gguf` picks it."""
+"""Tokenizers: text to the numbers that a model reads, and back. One module per family; ``from_gguf`` picks it."""
 
 from __future__ import annotations
 
-from ..gguf import GGUFFile
-from .base import StreamDecoder, Tokenizer
-from .bpe import ByteLevelBPE
-from .spm import SentencePieceBPE
+from pyllama.gguf import GGUFFile
+from pyllama.tokenizer.base import StreamDecoder, Tokenizer
+from pyllama.tokenizer.bpe import ByteLevelBPE
+from pyllama.tokenizer.spm import SentencePieceBPE
 
 __all__ = ["ByteLevelBPE", "SentencePieceBPE", "StreamDecoder", "Tokenizer", "from_gguf"]
 
 FAMILIES = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE}
-"""By the names of `tokenizer.ggml.model`."""
+"""By the names of ``tokenizer.ggml.model``."""
 
 
 def from_gguf(gguf: GGUFFile) -> Tokenizer:

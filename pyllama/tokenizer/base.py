@@ -1,7 +1,7 @@
 """What all tokenizers share: the vocabulary, special tokens, and turning tokens back into text.
 
 A tokenizer is made from the metadata of a GGUF file and never changes afterwards, so any number of threads may use it. The
-metadata are not trusted: whatever is wrong with them is a `ValueError` that names the key. This module knows nothing of
+metadata are not trusted: whatever is wrong with them is a ``ValueError`` that names the key. This module knows nothing of
 models or requests.
 """
 
@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..core import CoreError, call, create, ffi, lib
-from ..gguf import GGUFFile, StringArray
+from pyllama.core import CoreError, call, create, ffi, lib
+from pyllama.gguf import GGUFFile, StringArray
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
@@ -86,7 +86,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The characters that `token` completes. Raises `ValueError` when it is not in the vocabulary."""
+        """The characters that ``token`` completes. Raises ``ValueError`` when it is not in the vocabulary."""
         return self._utf8.decode(self._tokenizer.token_bytes(token, special=self._special))
 
     def flush(self) -> str:
@@ -111,7 +111,7 @@ class Tokenizer(ABC):
         eog_ids: all tokens that end a generation.
         add_bos, add_eos: does the model want these around a prompt?
         add_space_prefix: does the model want a space before a text?
-        special_ids: text and number of the tokens that `encode` finds verbatim: control, unknown and user-defined ones.
+        special_ids: text and number of the tokens that ``encode`` finds verbatim: control, unknown and user-defined ones.
         chat_template: Jinja2 source, or None.
     """
 
@@ -187,7 +187,7 @@ class Tokenizer(ABC):
         Args:
             text: any string; unpaired surrogates count as U+FFFD.
             add_special: put begin and end of sequence around the tokens if the model wants them.
-            parse_special: read control tokens where their texts stand in `text` (user-defined ones always are).
+            parse_special: read control tokens where their texts stand in ``text`` (user-defined ones always are).
 
         Raises:
             ValueError: the text is longer than 256 MB.
@@ -220,17 +220,17 @@ class Tokenizer(ABC):
         return out[:n].tolist()
 
     def _pre_tokenize(self, data: bytes, sizes: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cuts pieces further: `sizes` (int32, bytes) and `tokens` (int32, -1 for what is to be encoded)."""
+        """Cuts pieces further: ``sizes`` (int32, bytes) and ``tokens`` (int32, -1 for what is to be encoded)."""
         return sizes, tokens
 
     # ---- tokens to text ----
 
     def token_text(self, token: int) -> str:
-        """The spelling of a token in the vocabulary. Raises `ValueError` for an unknown token."""
+        """The spelling of a token in the vocabulary. Raises ``ValueError`` for an unknown token."""
         return self._raw(token).decode("utf-8", "replace")
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
-        """What a token stands for in a text; control tokens stand for nothing, or with `special` for their spelling.
+        """What a token stands for in a text; control tokens stand for nothing, or with ``special`` for their spelling.
 
         Raises:
             ValueError: there is no such token.
@@ -248,7 +248,7 @@ class Tokenizer(ABC):
         return self._decoded, np.asarray(self._decoded_starts)
 
     def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """The text of tokens, with U+FFFD for what is not UTF-8. The space that `encode` put first is taken away again.
+        """The text of tokens, with U+FFFD for what is not UTF-8. The space that ``encode`` put first is taken away again.
 
         Raises:
             ValueError: one of them is not in the vocabulary.
@@ -277,7 +277,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _make_rules(self, gguf: GGUFFile) -> ffi.CData:
-        """The `pl_bpe` of this family."""
+        """The ``pl_bpe`` of this family."""
 
     def _find(self, text: str) -> int | None:
         data = text.encode()
@@ -296,7 +296,7 @@ class Tokenizer(ABC):
     def _read_id(
         self, gguf: GGUFFile, *names: str, texts: tuple[str, ...] = (), default: int | None = None
     ) -> int | None:
-        """The token that `tokenizer.ggml.<name>_token_id` gives, else the one with one of the texts, else `default`.
+        """The token that ``tokenizer.ggml.<name>_token_id`` gives, else the one with one of the texts, else ``default``.
 
         A token that is found by its text becomes a control token: its type is often forgotten.
         """
@@ -371,7 +371,7 @@ def pointer(array: np.ndarray) -> ffi.CData:
 
 
 def string_array(gguf: GGUFFile, key: str) -> StringArray:
-    """The array of strings at `key`. Raises `ValueError` when there is none."""
+    """The array of strings at ``key``. Raises ``ValueError`` when there is none."""
     value = gguf.metadata.get(key)
     if isinstance(value, StringArray):
         return value
@@ -386,10 +386,10 @@ def string_arguments(strings: StringArray) -> tuple[ffi.CData, int, ffi.CData, f
 
 
 def number_array(gguf: GGUFFile, key: str, dtype: type, n: int, *, required: bool = True) -> np.ndarray | None:
-    """A copy of the `n` numbers at `key` as `dtype`; None when they are missing and not required.
+    """A copy of the ``n`` numbers at ``key`` as ``dtype``; None when they are missing and not required.
 
     Raises:
-        ValueError: they are missing, not numbers, not `n`, or do not fit `dtype`.
+        ValueError: they are missing, not numbers, not ``n``, or do not fit ``dtype``.
     """
     value = gguf.metadata.get(key)
     if value is None and not required:
@@ -407,7 +407,7 @@ def number_array(gguf: GGUFFile, key: str, dtype: type, n: int, *, required: boo
 
 @contextlib.contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Turns the core's errors into `ValueError`s that begin with `what`."""
+    """Turns the core's errors into ``ValueError``s that begin with ``what``."""
     try:
         yield
     except CoreError as error:

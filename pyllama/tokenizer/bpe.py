@@ -1,6 +1,6 @@
-"""Byte-level byte-pair encoding (Radford et al. 2019, GPT-2), `tokenizer.ggml.model` = "gpt2".
+"""Byte-level byte-pair encoding (Radford et al. 2019, GPT-2), ``tokenizer.ggml.model`` = "gpt2".
 
-A pre-tokenizer, which `tokenizer.ggml.pre` names, cuts a text into words; within each, pairs of neighbouring bytes are
+A pre-tokenizer, which ``tokenizer.ggml.pre`` names, cuts a text into words; within each, pairs of neighbouring bytes are
 merged in the order of the list of merges.
 """
 
@@ -13,9 +13,9 @@ from itertools import chain
 import numpy as np
 import regex
 
-from ..core import call, create, ffi, lib
-from ..gguf import GGUFFile
-from .base import Tokenizer, blame, pointer, string_arguments, string_array
+from pyllama.core import call, create, ffi, lib
+from pyllama.gguf import GGUFFile
+from pyllama.tokenizer.base import Tokenizer, blame, pointer, string_arguments, string_array
 
 __all__ = ["PRE_TOKENIZERS", "ByteLevelBPE", "PreTokenizer"]
 
@@ -29,7 +29,7 @@ class PreTokenizer:
     Attributes:
         patterns: regular expressions that are applied one after the other, each to the words that the one before it left.
             The matches of each cover the whole text.
-        core_words: the core's function that does the same faster (a `PL_WORDS_` number), or None.
+        core_words: the core's function that does the same faster (a ``PL_WORDS_`` number), or None.
         whole_first: a word that is a token is taken at once, without regard to the merges.
         add_bos: a prompt begins with the begin of sequence, unless the metadata say otherwise.
     """
@@ -84,7 +84,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe", "glm4"), SMAUG),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), QWEN2),
 }
-"""By the names of `tokenizer.ggml.pre`."""
+"""By the names of ``tokenizer.ggml.pre``."""
 
 
 class ByteLevelBPE(Tokenizer):

@@ -1,4 +1,4 @@
-"""SentencePiece's kind of byte-pair encoding (Kudo & Richardson 2018, "SentencePiece"), `tokenizer.ggml.model` = "llama".
+"""SentencePiece's kind of byte-pair encoding (Kudo & Richardson 2018, "SentencePiece"), ``tokenizer.ggml.model`` = "llama".
 
 A text is a run of characters with U+2581 for each space; of all pairs of neighbours that make a token, the one with the
 highest score is merged first. A character that is no token falls back to the tokens of its bytes, <0x00> to <0xFF>.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core import create, ffi, lib
-from ..gguf import GGUFFile
-from .base import Tokenizer, blame, number_array, pointer
+from pyllama.core import create, ffi, lib
+from pyllama.gguf import GGUFFile
+from pyllama.tokenizer.base import Tokenizer, blame, number_array, pointer
 
 __all__ = ["SentencePieceBPE"]
 
