@@ -76,6 +76,10 @@ static int32_t check_glu(const check *c) {
     return 0;
 }
 
+static bool heads_fit(const pl_kv *kv, int32_t n_head) {
+    return n_head >= 1 && n_head % kv->n_head_kv == 0 && n_head / kv->n_head_kv <= PL_MOST_HEADS_PER_GROUP;
+}
+
 static int32_t check_qkv(const check *c) {
     const pl_op *op = c->op;
     const pl_kv *kv = c->p->kv;
@@ -83,8 +87,8 @@ static int32_t check_qkv(const check *c) {
         return refuse(c, "no such layer in the key/value store");
     }
     const int64_t kv_width = (int64_t)kv->n_head_kv * kv->head_dim;
-    if (op->n[1] < 1 || op->n[1] > 65536 || op->n[1] % kv->n_head_kv) {
-        return refuse(c, "the number of heads is not a multiple of the number of key/value heads");
+    if (!heads_fit(kv, op->n[1])) {
+        return refuse(c, "the heads cannot share the key/value heads");
     }
     if (!is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_TOKENS, (int64_t)op->n[1] * kv->head_dim, false) ||
         !is_value(c, op->src[1], PL_VALUE_F32, PL_ROWS_TOKENS, kv_width, false) ||
@@ -148,8 +152,7 @@ static int32_t check_op(const check *c) {
         return check_qkv(c);
     case PL_OP_ATTENTION: {
         const int64_t width = p->kv ? (int64_t)op->n[1] * p->kv->head_dim : -1;
-        return p->kv && op->n[0] >= 0 && op->n[0] < p->kv->n_layers && op->n[1] >= 1 && op->n[1] <= 65536 &&
-                       op->n[1] % p->kv->n_head_kv == 0 && op->n[2] >= 0 &&
+        return p->kv && op->n[0] >= 0 && op->n[0] < p->kv->n_layers && heads_fit(p->kv, op->n[1]) && op->n[2] >= 0 &&
                        is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_TOKENS, width, false) &&
                        is_value(c, op->dst[0], PL_VALUE_F32, PL_ROWS_TOKENS, width, false)
                    ? 0 : refuse(c, "layer, heads, q and output do not fit together");
@@ -223,7 +226,7 @@ static int32_t allocate_attention(pl_program *p, int32_t n_threads, pl_error *er
     if (!most_heads) {
         return 0;
     }
-    p->attention_scratch_bytes = pl_attention_scratch_bytes(most_heads, p->kv->n_head_kv, p->kv->head_dim, p->max_tokens,
+    p->attention_scratch_bytes = pl_attention_scratch_bytes(most_heads, p->kv->n_head_kv, p->kv->head_dim,
                                                             p->kv->n_blocks * PL_BLOCK_TOKENS, n_threads);
     p->attention_scratch = pl_alloc((size_t)p->attention_scratch_bytes, err);
     return p->attention_scratch ? 0 : -1;

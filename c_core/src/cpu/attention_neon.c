@@ -1,0 +1,25 @@
+/* attention_neon.c - attention with 128-bit registers: the compiler makes four of each vector. */
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "common.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi" /* every function with such an argument is inlined */
+
+typedef float sixteen __attribute__((vector_size(64)));
+
+static inline __attribute__((always_inline)) sixteen widen16(const uint16_t *p) {
+    sixteen v;
+    for (int i = 0; i < 4; i++) {
+        const float32x4_t four = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+        memcpy((char *)&v + 16 * i, &four, sizeof four);
+    }
+    return v;
+}
+
+#define WIDEN16(p) widen16(p)
+#define ROWS 2
+#define COLUMNS 2
+#define TABLE pl_attention_neon
+#include "attention_vectors.h"
+#endif
