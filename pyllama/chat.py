@@ -90,7 +90,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"the model's chat template failed: {type(error).__name__}: {error}") from None
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """The tokens of :meth:`render`, with one BOS where the model wants one, whether or not the template writes it."""
+        """The tokens of :meth:`render`, with one BOS where the model wants one, written by the template or not."""
         tokens = tokenizer.encode(self.render(messages, **variables), add_special=True)
         if tokenizer.add_bos and tokens[:2] == [tokenizer.bos_id] * 2:
             del tokens[0]
@@ -132,7 +132,7 @@ def _plain_content(content: object, name: str) -> str:
     return "".join(texts)
 
 
-# ---- what templates call ------------------------------------------------------------------------------------------------
+# ---- what templates call ---------------------------------------------------------------------------------------------
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -43,7 +43,8 @@ def test_contents_in_parts_are_joined():
 
 def test_blocks_are_trimmed_and_loops_have_controls():
     source = (
-        "{% for m in messages %}\n  {% if m.role == 'user' %}\n{% continue %}\n  {% endif %}\n{{ m.content }}\n{% endfor %}"
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\n{% continue %}\n  {% endif %}\n"
+        "{{ m.content }}\n{% endfor %}"
     )
     assert ChatTemplate(source).render(HELLO) == "Be kind.\n"
 
@@ -88,7 +89,7 @@ def test_bos_of_the_template_stays_when_the_model_adds_none():
         (["hello"], r"messages\[0\] must be an object"),
         ([{"content": "x"}], r"messages\[0\].role must be a string"),
         ([HELLO[0], {"role": "user", "content": 1}], r"messages\[1\].content must be"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] must be .* type 'text', not 'image_url'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"\[0\] must be .* type 'text', not 'image_url'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text must be a string"),
         ([{"role": "user", "content": ["x"]}], "must be a part of type 'text'"),
     ],
