@@ -155,7 +155,9 @@ def turn_in_a_process(args: argparse.Namespace, engine: str) -> list[dict[str, A
 
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All turns of all engines; one entry for each workload and engine."""
-    engines = args.engines or [n for n, (module, _) in ENGINES.items() if n == "pyllama" or importlib.util.find_spec(module)]
+    engines = args.engines or [
+        n for n, (module, _) in ENGINES.items() if n == "pyllama" or importlib.util.find_spec(module)
+    ]
     turns: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in engines}
     for _ in range(args.turns):
         for name in engines:
@@ -200,7 +202,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("-m", "--model", type=Path, required=True, help="GGUF file")
     parser.add_argument("-t", "--threads", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens of the prompt (%(default)s)")
+    parser.add_argument(
+        "-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens of the prompt (%(default)s)"
+    )
     parser.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens to generate (%(default)s)")
     parser.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens that come before (%(default)s)")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), help="(all that are installed)")

@@ -290,7 +290,12 @@ def bench(
     positions = depth + max(n_prompt, n_generate)
     n_ctx = n_sequences * -(-positions // BLOCK_TOKENS) * BLOCK_TOKENS
     model = models.load(
-        path, n_ctx=n_ctx, n_threads=n_threads, n_batch=max(n_batch, n_sequences), max_sequences=n_sequences, kv_type=kv_type
+        path,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_batch=max(n_batch, n_sequences),
+        max_sequences=n_sequences,
+        kv_type=kv_type,
     )
     workloads = [Workload(n_prompt=n_prompt, depth=depth)] if n_prompt else []
     workloads += [Workload(n_generate=n_generate, depth=depth, n_sequences=n_sequences)] if n_generate else []
@@ -314,9 +319,13 @@ def bench(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``pyllama bench``, for any command that has them."""
-    parser.add_argument("-m", "--model", type=Path, help="GGUF file (default: SmolLM2-135M-Instruct, fetched when missing)")
+    parser.add_argument(
+        "-m", "--model", type=Path, help="GGUF file (default: SmolLM2-135M-Instruct, fetched when missing)"
+    )
     parser.add_argument("-t", "--threads", type=int, help="threads (default: one for each core)")
-    parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens of the prompt (%(default)s)")
+    parser.add_argument(
+        "-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens of the prompt (%(default)s)"
+    )
     parser.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens to generate (%(default)s)")
     parser.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens that come before (%(default)s)")
     parser.add_argument(

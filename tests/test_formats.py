@@ -5,9 +5,9 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from tensors import TYPES, block_elements, dequantized, random_tensor
 
 from pyllama.core import CoreError, call, create, ffi, lib
+from tests.tensors import TYPES, block_elements, dequantized, random_tensor
 
 
 def dequantize(name: str, data: np.ndarray, n: int) -> np.ndarray:
@@ -65,7 +65,11 @@ def test_every_kind_of_float(name):
     else:
         bits = np.arange(65536, dtype=np.uint16)
         data = bits.view(np.uint8)
-        expected = bits.view(np.float16).astype(np.float32) if name == "F16" else (bits.astype(np.uint32) << 16).view(np.float32)
+        expected = (
+            bits.view(np.float16).astype(np.float32)
+            if name == "F16"
+            else (bits.astype(np.uint32) << 16).view(np.float32)
+        )
     np.testing.assert_array_equal(dequantize(name, data, expected.size), expected)
 
 
@@ -121,7 +125,17 @@ def test_threads_and_an_arena_make_the_same_panels():
 def test_impossible_matrices_are_refused(type_, n_rows, n_cols, n_bytes):
     data = np.zeros(64, np.uint8)
     with pytest.raises(CoreError, match="matrix|type"):
-        create(lib.pl_weight_new, lib.pl_weight_free, ffi.NULL, type_, n_rows, n_cols, ffi.from_buffer(data), n_bytes, ffi.NULL)
+        create(
+            lib.pl_weight_new,
+            lib.pl_weight_free,
+            ffi.NULL,
+            type_,
+            n_rows,
+            n_cols,
+            ffi.from_buffer(data),
+            n_bytes,
+            ffi.NULL,
+        )
 
 
 def test_rows_out_of_range_are_refused():

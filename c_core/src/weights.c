@@ -64,44 +64,42 @@ static uint8_t *arena_take(pl_arena *arena, int64_t bytes, pl_error *err) {
 
 /* ---- re-laying ----------------------------------------------------------------------------------------------------- */
 
+/* Where the parts that belong to a group begin in a panel. */
+typedef struct place {
+    int64_t head, line, codes;
+} place;
+
+static place place_of(const pl_format *f, int64_t group) {
+    const int64_t in_line = pl_line_groups(f->scales), code_bytes = pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
+    const int64_t line_bytes = PL_LINE_BYTES + in_line * code_bytes;
+    const int64_t heads = pl_has_heads(f->scales) ? group / PL_HEAD_GROUPS + 1 : 0;
+    const int64_t line = group / in_line * line_bytes + heads * PL_LINE_BYTES;
+    const int64_t lines_since_head = group % PL_HEAD_GROUPS / in_line;
+    return (place){line - lines_since_head * line_bytes - PL_LINE_BYTES, line,
+                   line + PL_LINE_BYTES + group % in_line * code_bytes};
+}
+
 static void lay_out(pl_weight *w) {
     const pl_format *f = w->format;
     if (pl_format_is_float(f)) {
         w->panel_bytes = pl_round_up(w->n_cols * PL_PANEL_ROWS * f->block_bytes, 64);
         return;
     }
-    const int64_t groups = w->n_cols / PL_GROUP;
-    int64_t at = groups * PL_GROUP * PL_PANEL_ROWS * f->low_bits / 8;
-    w->two_at = at;
-    at += f->two_shift >= 0 ? groups * 128 : 0;
-    w->one_at = at;
-    at += f->one_shift >= 0 ? groups * 64 : 0;
-    w->scales_at = at;
-    switch (f->scales) {
-    case PL_SCALES_D:
-        at += groups * 32;
-        break;
-    case PL_SCALES_DM:
-        at += groups * 64;
-        break;
-    default:
-        at += groups / 8 * pl_scales_k_bytes(f->scales);
-        break;
-    }
-    w->panel_bytes = pl_round_up(at, 64);
+    const int64_t groups = pl_round_up(w->n_cols / PL_GROUP, pl_line_groups(f->scales));
+    w->panel_bytes = place_of(f, groups - 1).codes + pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
 }
 
-static void put_codes(const pl_weight *w, uint8_t *panel, int64_t group, int row, const uint8_t codes[PL_GROUP]) {
-    const pl_format *f = w->format;
+/* `out`: where the group's codes begin. */
+static void put_codes(const pl_format *f, uint8_t *out, int row, const uint8_t codes[PL_GROUP]) {
     const int low_shift = f->two_shift >= 0 ? f->two_shift : f->one_shift >= 0 ? f->one_shift : 8;
     const uint8_t low_mask = (uint8_t)((1 << low_shift) - 1);
     if (f->low_bits == 8) {
         for (int i = 0; i < 8; i++) {
-            memcpy(panel + ((group * 8 + i) * PL_PANEL_ROWS + row) * 4, codes + 4 * i, 4);
+            memcpy(out + (i * PL_PANEL_ROWS + row) * 4, codes + 4 * i, 4);
         }
     } else if (f->low_bits == 4) {
         for (int i = 0; i < 4; i++) {
-            uint8_t *p = panel + ((group * 4 + i) * PL_PANEL_ROWS + row) * 4;
+            uint8_t *p = out + (i * PL_PANEL_ROWS + row) * 4;
             for (int j = 0; j < 4; j++) {
                 p[j] = (uint8_t)((codes[4 * i + j] & low_mask) | (codes[16 + 4 * i + j] & low_mask) << 4);
             }
@@ -109,7 +107,7 @@ static void put_codes(const pl_weight *w, uint8_t *panel, int64_t group, int row
     }
     if (f->two_shift >= 0) {
         for (int h = 0; h < 2; h++) {
-            uint8_t *p = panel + w->two_at + ((group * 2 + h) * PL_PANEL_ROWS + row) * 4;
+            uint8_t *p = out + pl_two_at(f->low_bits) + (h * PL_PANEL_ROWS + row) * 4;
             for (int j = 0; j < 4; j++) {
                 uint8_t bits = 0;
                 for (int i = 0; i < 4; i++) {
@@ -120,7 +118,7 @@ static void put_codes(const pl_weight *w, uint8_t *panel, int64_t group, int row
         }
     }
     if (f->one_shift >= 0) {
-        uint8_t *p = panel + w->one_at + (group * PL_PANEL_ROWS + row) * 4;
+        uint8_t *p = out + pl_one_at(f->low_bits, f->two_shift) + row * 4;
         for (int j = 0; j < 4; j++) {
             uint8_t bits = 0;
             for (int i = 0; i < 8; i++) {
@@ -131,36 +129,28 @@ static void put_codes(const pl_weight *w, uint8_t *panel, int64_t group, int row
     }
 }
 
-static void put_scales(const pl_weight *w, uint8_t *panel, int64_t block, int row, const uint8_t *source) {
-    const pl_format *f = w->format;
-    uint8_t *plane = panel + w->scales_at;
+/* The scales of the file's block whose first group is `group`, into a panel. */
+static void put_scales(const pl_format *f, uint8_t *panel, int64_t group, int row, const uint8_t *block) {
     uint16_t d, m;
-    pl_format_halves(f, source, &d, &m);
+    pl_format_halves(f, block, &d, &m);
+    const place first = place_of(f, group);
     if (f->scales == PL_SCALES_D) {
-        memcpy(plane + (block * 16 + row) * 2, &d, 2);
+        memcpy(panel + first.line + (group % 2 * PL_PANEL_ROWS + row) * 2, &d, 2);
         return;
     }
-    if (f->scales == PL_SCALES_DM) {
-        memcpy(plane + (block * 32 + row) * 2, &d, 2);
-        memcpy(plane + (block * 32 + 16 + row) * 2, &m, 2);
-        return;
-    }
-    uint8_t *p = plane + block * pl_scales_k_bytes(f->scales);
-    memcpy(p + row * 2, &d, 2);
-    if (f->scales == PL_SCALES_K16) {
-        p += 32;
-    } else {
-        memcpy(p + 32 + row * 2, &m, 2);
-        p += 64;
-    }
-    for (int j = 0; j < 256 / f->sub; j++) {
+    uint8_t *halves = panel + (f->scales == PL_SCALES_DM ? first.line : first.head);
+    memcpy(halves + row * 2, &d, 2);
+    memcpy(halves + (PL_PANEL_ROWS + row) * 2, &m, 2);
+    for (int j = 0; pl_has_heads(f->scales) && j < 256 / f->sub; j++) {
         int32_t scale, min;
-        pl_format_factors(f, source, j, &scale, &min);
+        pl_format_factors(f, block, j, &scale, &min);
+        const int64_t g = j / (PL_GROUP / f->sub), part = j % (PL_GROUP / f->sub);
+        uint8_t *factors = panel + place_of(f, group + g).line + (g % 2 * 2 + part) * PL_PANEL_ROWS + row;
         if (f->scales == PL_SCALES_K32) {
-            p[j * 16 + row] = (uint8_t)scale;
-            p[128 + j * 16 + row] = (uint8_t)min;
+            factors[0] = (uint8_t)scale;
+            factors[PL_PANEL_ROWS] = (uint8_t)min;
         } else {
-            p[j * 16 + row] = (uint8_t)(f->scales == PL_SCALES_K16M ? scale | min << 4 : scale);
+            *factors = (uint8_t)(f->scales == PL_SCALES_K16M ? scale | min << 4 : scale);
         }
     }
 }
@@ -189,13 +179,13 @@ static void relay_panel(pl_weight *w, const uint8_t *data, int64_t panel) {
             continue;
         }
         const int groups_per_block = f->block_elements / PL_GROUP;
-        for (int64_t block = 0; block < w->n_cols / f->block_elements; block++, source += f->block_bytes) {
+        for (int64_t group = 0; group < w->n_cols / PL_GROUP; group += groups_per_block, source += f->block_bytes) {
             for (int g = 0; g < groups_per_block; g++) {
                 uint8_t codes[PL_GROUP];
                 pl_format_codes(f, source, g, codes);
-                put_codes(w, out, block * groups_per_block + g, row, codes);
+                put_codes(f, out + place_of(f, group + g).codes, row, codes);
             }
-            put_scales(w, out, block, row, source);
+            put_scales(f, out, group, row, source);
         }
     }
 }
@@ -279,45 +269,48 @@ void pl_weight_group(const pl_weight *w, int64_t row, int64_t group, uint8_t cod
     const pl_format *f = w->format;
     const uint8_t *panel = pl_weight_panel(w, row / PL_PANEL_ROWS);
     const int r = (int)(row % PL_PANEL_ROWS);
+    const place at = place_of(f, group);
+    const uint8_t *low = panel + at.codes, *two = low + pl_two_at(f->low_bits);
+    const uint8_t *one = low + pl_one_at(f->low_bits, f->two_shift);
     memset(codes, 0, PL_GROUP);
     for (int k = 0; k < PL_GROUP; k++) {
         const int i = k / 4, j = k % 4;
         if (f->low_bits == 8) {
-            codes[k] = panel[((group * 8 + i) * PL_PANEL_ROWS + r) * 4 + j];
+            codes[k] = low[(i * PL_PANEL_ROWS + r) * 4 + j];
         } else if (f->low_bits == 4) {
-            codes[k] = panel[((group * 4 + i % 4) * PL_PANEL_ROWS + r) * 4 + j] >> 4 * (i / 4) & 15;
+            codes[k] = low[(i % 4 * PL_PANEL_ROWS + r) * 4 + j] >> 4 * (i / 4) & 15;
         }
         if (f->two_shift >= 0) {
-            const uint8_t *p = panel + w->two_at + ((group * 2 + i / 4) * PL_PANEL_ROWS + r) * 4;
-            codes[k] |= (uint8_t)((p[j] >> 2 * (i % 4) & 3) << f->two_shift);
+            codes[k] |= (uint8_t)((two[(i / 4 * PL_PANEL_ROWS + r) * 4 + j] >> 2 * (i % 4) & 3) << f->two_shift);
         }
         if (f->one_shift >= 0) {
-            const uint8_t *p = panel + w->one_at + (group * PL_PANEL_ROWS + r) * 4;
-            codes[k] |= (uint8_t)((p[j] >> i & 1) << f->one_shift);
+            codes[k] |= (uint8_t)((one[r * 4 + j] >> i & 1) << f->one_shift);
         }
     }
-    const uint8_t *scales = panel + w->scales_at;
-    if (f->scales == PL_SCALES_D || f->scales == PL_SCALES_DM) {
-        const int stride = f->scales == PL_SCALES_D ? 16 : 32;
-        d[0] = d[1] = pl_f16_to_f32(pl_load_u16(scales + (group * stride + r) * 2));
-        m[0] = f->offset ? d[0] * (float)f->offset : -pl_f16_to_f32(pl_load_u16(scales + (group * 32 + 16 + r) * 2));
-        m[1] = m[0];
+    const uint8_t *line = panel + at.line;
+    if (f->scales == PL_SCALES_D) {
+        d[0] = d[1] = pl_f16_to_f32(pl_load_u16(line + (group % 2 * PL_PANEL_ROWS + r) * 2));
+        m[0] = m[1] = d[0] * (float)f->offset;
         return;
     }
-    const uint8_t *p = scales + group / 8 * pl_scales_k_bytes(f->scales);
-    const float big_d = pl_f16_to_f32(pl_load_u16(p + 2 * r));
-    const float big_m = f->scales == PL_SCALES_K16 ? 0.0f : pl_f16_to_f32(pl_load_u16(p + 32 + 2 * r));
-    p += f->scales == PL_SCALES_K16 ? 32 : 64;
+    const uint8_t *halves = f->scales == PL_SCALES_DM ? line : panel + at.head;
+    const float big_d = pl_f16_to_f32(pl_load_u16(halves + 2 * r));
+    const float big_m = pl_f16_to_f32(pl_load_u16(halves + 2 * (PL_PANEL_ROWS + r)));
+    if (f->scales == PL_SCALES_DM) {
+        d[0] = d[1] = big_d;
+        m[0] = m[1] = -big_m;
+        return;
+    }
     for (int i = 0; i < 2; i++) {
-        const int64_t at = (f->sub == 32 ? group % 8 : group % 8 * 2 + i) * 16 + r;
+        const uint8_t *factors = line + (group % 2 * 2 + (f->sub == PL_GROUP ? 0 : i)) * PL_PANEL_ROWS + r;
         if (f->scales == PL_SCALES_K32) {
-            d[i] = big_d * (float)p[at];
-            m[i] = big_m * (float)p[128 + at];
+            d[i] = big_d * (float)factors[0];
+            m[i] = big_m * (float)factors[PL_PANEL_ROWS];
         } else if (f->scales == PL_SCALES_K16M) {
-            d[i] = big_d * (float)(p[at] & 15);
-            m[i] = big_m * (float)(p[at] >> 4);
+            d[i] = big_d * (float)(*factors & 15);
+            m[i] = big_m * (float)(*factors >> 4);
         } else {
-            d[i] = big_d * (float)(int8_t)p[at];
+            d[i] = big_d * (float)(int8_t)*factors;
             m[i] = d[i] * (float)f->offset;
         }
     }

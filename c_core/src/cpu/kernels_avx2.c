@@ -46,29 +46,28 @@ INLINE __m256 halves(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(
 INLINE __m256 unsigned_bytes(__m128i v) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)); }
 INLINE __m128i eight_bytes(const uint8_t *p) { return _mm_loadl_epi64((const __m128i *)p); }
 
-/* d and m (to be subtracted) of rows 8 * half .. 8 * half + 7 for sub-block `part` of a group. */
-INLINE void affine(int kind, int offset, const uint8_t *scales, int64_t group, int sub, int part, int half, __m256 *d,
+/* d and m (to be subtracted) of rows 8 * half .. 8 * half + 7 for sub-block `part` of the line's `group`. */
+INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *line, int group, int part, int half, __m256 *d,
                    __m256 *m) {
     const int at = half * HALF_ROWS;
     if (kind == PL_SCALES_D) {
-        *d = halves(scales + group * 32 + 2 * at);
+        *d = halves(line + group * 32 + 2 * at);
         *m = _mm256_mul_ps(*d, _mm256_set1_ps((float)offset));
     } else if (kind == PL_SCALES_DM) {
-        *d = halves(scales + group * 64 + 2 * at);
-        *m = _mm256_xor_ps(halves(scales + group * 64 + 32 + 2 * at), _mm256_set1_ps(-0.0f));
+        *d = halves(line + 2 * at);
+        *m = _mm256_xor_ps(halves(line + 32 + 2 * at), _mm256_set1_ps(-0.0f));
     } else {
-        const uint8_t *p = scales + group / 8 * pl_scales_k_bytes(kind);
-        const int64_t j = sub == 32 ? group % 8 : group % 8 * 2 + part;
-        const __m256 big_d = halves(p + 2 * at);
+        const uint8_t *factors = line + 32 * group + 16 * part + at;
+        const __m256 big_d = halves(head + 2 * at);
         if (kind == PL_SCALES_K32) {
-            *d = _mm256_mul_ps(big_d, unsigned_bytes(eight_bytes(p + 64 + 16 * j + at)));
-            *m = _mm256_mul_ps(halves(p + 32 + 2 * at), unsigned_bytes(eight_bytes(p + 192 + 16 * j + at)));
+            *d = _mm256_mul_ps(big_d, unsigned_bytes(eight_bytes(factors)));
+            *m = _mm256_mul_ps(halves(head + 32 + 2 * at), unsigned_bytes(eight_bytes(factors + 16)));
         } else if (kind == PL_SCALES_K16M) {
-            const __m128i both = eight_bytes(p + 64 + 16 * j + at), nibble = _mm_set1_epi8(15);
+            const __m128i both = eight_bytes(factors), nibble = _mm_set1_epi8(15);
             *d = _mm256_mul_ps(big_d, unsigned_bytes(_mm_and_si128(both, nibble)));
-            *m = _mm256_mul_ps(halves(p + 32 + 2 * at), unsigned_bytes(_mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
+            *m = _mm256_mul_ps(halves(head + 32 + 2 * at), unsigned_bytes(_mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
         } else {
-            *d = _mm256_mul_ps(big_d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight_bytes(p + 32 + 16 * j + at))));
+            *d = _mm256_mul_ps(big_d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight_bytes(factors))));
             *m = _mm256_mul_ps(*d, _mm256_set1_ps((float)offset));
         }
     }
@@ -87,8 +86,8 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
                            int first_half, const pl_weight *w, const uint8_t *panel, const uint8_t *tile, const float *dx,
                            const float *sums, float *out) {
     const int64_t groups = w->n_cols / PL_GROUP;
-    const uint8_t *low = panel + first_half * HALF_BYTES, *two = low + w->two_at, *one = low + w->one_at;
-    const uint8_t *scales = panel + w->scales_at, *q = tile;
+    const int in_line = pl_line_groups(kind);
+    const uint8_t *at = panel, *head = panel, *line = panel, *q = tile;
     /* 254 = 2 * 127 is the most that a pair of codes 1 comes to; pieces in a run stay below 2^15 together. */
     const int bits = low_bits == 8 ? 7 : one_shift >= 0 ? one_shift + 1 : two_shift >= 0 ? two_shift + 2 : low_bits;
     const int pieces = sub / 4, run = PL_MIN(pieces, 32767 / (254 * ((1 << bits) - 1)));
@@ -99,6 +98,14 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
         total[t] = _mm256_setzero_ps();
     }
     for (int64_t group = 0; group < groups; group++) {
+        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
+            head = at;
+            at += PL_LINE_BYTES;
+        }
+        if (group % in_line == 0) {
+            line = at;
+            at += PL_LINE_BYTES;
+        }
 #pragma GCC unroll 2
         for (int part = 0; part < PL_GROUP / sub; part++) {
             __m256i sum[MAX_LANES];
@@ -113,8 +120,9 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
                 for (int i = first; i < first + run; i++) {
 #pragma GCC unroll 2
                     for (int half = 0; half < n_halves; half++) {
-                        const int at = half * HALF_BYTES;
-                        __m256i u = codes(low_bits, two_shift, one_shift, low + at, two + at, one + at, i);
+                        const uint8_t *low = at + (first_half + half) * HALF_BYTES, *two = low + pl_two_at(low_bits);
+                        const uint8_t *one = low + pl_one_at(low_bits, two_shift);
+                        __m256i u = codes(low_bits, two_shift, one_shift, low, two, one, i);
                         u = low_bits == 8 ? _mm256_xor_si256(u, flip) : u;
 #pragma GCC unroll 4
                         for (int t = 0; t < lanes; t++) {
@@ -132,7 +140,7 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
 #pragma GCC unroll 2
             for (int half = 0; half < n_halves; half++) {
                 __m256 d, m;
-                affine(kind, offset, scales, group, sub, part, first_half + half, &d, &m);
+                affine(kind, offset, head, line, (int)(group % in_line), part, first_half + half, &d, &m);
 #pragma GCC unroll 4
                 for (int t = 0; t < lanes; t++) {
                     __m256 *to = &total[half * lanes + t];
@@ -145,9 +153,7 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
             }
             sums += lanes;
         }
-        low += PL_GROUP * PL_PANEL_ROWS * low_bits / 8;
-        two += two_shift >= 0 ? 128 : 0;
-        one += one_shift >= 0 ? 64 : 0;
+        at += pl_code_bytes(low_bits, two_shift, one_shift);
         q += PL_GROUP * lanes;
         dx += lanes;
     }

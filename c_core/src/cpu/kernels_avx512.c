@@ -43,27 +43,26 @@ INLINE __m512i codes(int low_bits, int two_shift, int one_shift, const uint8_t *
 INLINE __m512 halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE __m512 unsigned_bytes(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)); }
 
-/* d and m (to be subtracted) of 16 rows for sub-block `part` of a group. */
-INLINE void affine(int kind, int offset, const uint8_t *scales, int64_t group, int sub, int part, __m512 *d, __m512 *m) {
+/* d and m (to be subtracted) of 16 rows for sub-block `part` of the line's `group`. */
+INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *line, int group, int part, __m512 *d, __m512 *m) {
     if (kind == PL_SCALES_D) {
-        *d = halves(scales + group * 32);
+        *d = halves(line + group * 32);
         *m = _mm512_mul_ps(*d, _mm512_set1_ps((float)offset));
     } else if (kind == PL_SCALES_DM) {
-        *d = halves(scales + group * 64);
-        *m = _mm512_xor_ps(halves(scales + group * 64 + 32), _mm512_set1_ps(-0.0f));
+        *d = halves(line);
+        *m = _mm512_xor_ps(halves(line + 32), _mm512_set1_ps(-0.0f));
     } else {
-        const uint8_t *p = scales + group / 8 * pl_scales_k_bytes(kind);
-        const int64_t j = sub == 32 ? group % 8 : group % 8 * 2 + part;
-        const __m512 big_d = halves(p);
+        const uint8_t *factors = line + 32 * group + 16 * part;
+        const __m512 big_d = halves(head);
         if (kind == PL_SCALES_K32) {
-            *d = _mm512_mul_ps(big_d, unsigned_bytes(_mm_loadu_si128((const __m128i *)(p + 64 + 16 * j))));
-            *m = _mm512_mul_ps(halves(p + 32), unsigned_bytes(_mm_loadu_si128((const __m128i *)(p + 192 + 16 * j))));
+            *d = _mm512_mul_ps(big_d, unsigned_bytes(_mm_loadu_si128((const __m128i *)factors)));
+            *m = _mm512_mul_ps(halves(head + 32), unsigned_bytes(_mm_loadu_si128((const __m128i *)(factors + 16))));
         } else if (kind == PL_SCALES_K16M) {
-            const __m128i both = _mm_loadu_si128((const __m128i *)(p + 64 + 16 * j)), nibble = _mm_set1_epi8(15);
+            const __m128i both = _mm_loadu_si128((const __m128i *)factors), nibble = _mm_set1_epi8(15);
             *d = _mm512_mul_ps(big_d, unsigned_bytes(_mm_and_si128(both, nibble)));
-            *m = _mm512_mul_ps(halves(p + 32), unsigned_bytes(_mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
+            *m = _mm512_mul_ps(halves(head + 32), unsigned_bytes(_mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
         } else {
-            const __m128i factor = _mm_loadu_si128((const __m128i *)(p + 32 + 16 * j));
+            const __m128i factor = _mm_loadu_si128((const __m128i *)factors);
             *d = _mm512_mul_ps(big_d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(factor)));
             *m = _mm512_mul_ps(*d, _mm512_set1_ps((float)offset));
         }
@@ -74,8 +73,8 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
                     const uint8_t *panel, uint8_t *tile, float *out) {
     const int32_t width = (int32_t)w->n_cols;
     const int64_t groups = width / PL_GROUP;
-    const uint8_t *low = panel, *two = panel + w->two_at, *one = panel + w->one_at, *scales = panel + w->scales_at;
-    const uint8_t *q = tile;
+    const int in_line = pl_line_groups(kind);
+    const uint8_t *at = panel, *head = panel, *line = panel, *q = tile;
     const float *dx = pl_q8_d(tile, width, lanes);
     const float *sums = sub == 32 ? pl_q8_sum32(tile, width, lanes) : pl_q8_sum16(tile, width, lanes);
     const int parts = PL_GROUP / sub;
@@ -85,6 +84,15 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
         total[t] = _mm512_setzero_ps();
     }
     for (int64_t group = 0; group < groups; group++) {
+        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
+            head = at;
+            at += PL_LINE_BYTES;
+        }
+        if (group % in_line == 0) {
+            line = at;
+            at += PL_LINE_BYTES;
+        }
+        const uint8_t *two = at + pl_two_at(low_bits), *one = at + pl_one_at(low_bits, two_shift);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
             __m512i sum[PL_MAX_LANES];
@@ -94,7 +102,7 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
             }
 #pragma GCC unroll 8
             for (int i = part * (sub / 4); i < (part + 1) * (sub / 4); i++) {
-                const __m512i u = codes(low_bits, two_shift, one_shift, low, two, one, i);
+                const __m512i u = codes(low_bits, two_shift, one_shift, at, two, one, i);
 #pragma GCC unroll 12
                 for (int t = 0; t < lanes; t++) {
                     int32_t four;
@@ -103,7 +111,7 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
                 }
             }
             __m512 d, m;
-            affine(kind, offset, scales, group, sub, part, &d, &m);
+            affine(kind, offset, head, line, (int)(group % in_line), part, &d, &m);
 #pragma GCC unroll 12
             for (int t = 0; t < lanes; t++) {
                 const __m512 scaled = _mm512_mul_ps(d, _mm512_set1_ps(dx[t]));
@@ -112,9 +120,7 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
             }
             sums += lanes;
         }
-        low += PL_GROUP * PL_PANEL_ROWS * low_bits / 8;
-        two += two_shift >= 0 ? 128 : 0;
-        one += one_shift >= 0 ? 64 : 0;
+        at += pl_code_bytes(low_bits, two_shift, one_shift);
         q += PL_GROUP * lanes;
         dx += lanes;
     }

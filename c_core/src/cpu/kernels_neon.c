@@ -54,29 +54,28 @@ INLINE float32x4_t signed_bytes(uint8x8_t v) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(v)))));
 }
 
-/* d and m (to be subtracted) of rows 4 * quarter .. 4 * quarter + 3 for sub-block `part` of a group. */
-INLINE void affine(int kind, int offset, const uint8_t *scales, int64_t group, int sub, int part, int quarter, float32x4_t *d,
-                   float32x4_t *m) {
+/* d and m (to be subtracted) of rows 4 * quarter .. + 3 for sub-block `part` of the line's `group`. */
+INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *line, int group, int part, int quarter,
+                   float32x4_t *d, float32x4_t *m) {
     const int at = quarter * QUARTER_ROWS;
     if (kind == PL_SCALES_D) {
-        *d = halves(scales + group * 32 + 2 * at);
+        *d = halves(line + group * 32 + 2 * at);
         *m = vmulq_n_f32(*d, (float)offset);
     } else if (kind == PL_SCALES_DM) {
-        *d = halves(scales + group * 64 + 2 * at);
-        *m = vnegq_f32(halves(scales + group * 64 + 32 + 2 * at));
+        *d = halves(line + 2 * at);
+        *m = vnegq_f32(halves(line + 32 + 2 * at));
     } else {
-        const uint8_t *p = scales + group / 8 * pl_scales_k_bytes(kind);
-        const int64_t j = sub == 32 ? group % 8 : group % 8 * 2 + part;
-        const float32x4_t big_d = halves(p + 2 * at);
+        const uint8_t *factors = line + 32 * group + 16 * part + at;
+        const float32x4_t big_d = halves(head + 2 * at);
         if (kind == PL_SCALES_K32) {
-            *d = vmulq_f32(big_d, unsigned_bytes(four_bytes(p + 64 + 16 * j + at)));
-            *m = vmulq_f32(halves(p + 32 + 2 * at), unsigned_bytes(four_bytes(p + 192 + 16 * j + at)));
+            *d = vmulq_f32(big_d, unsigned_bytes(four_bytes(factors)));
+            *m = vmulq_f32(halves(head + 32 + 2 * at), unsigned_bytes(four_bytes(factors + 16)));
         } else if (kind == PL_SCALES_K16M) {
-            const uint8x8_t both = four_bytes(p + 64 + 16 * j + at);
+            const uint8x8_t both = four_bytes(factors);
             *d = vmulq_f32(big_d, unsigned_bytes(vand_u8(both, vdup_n_u8(15))));
-            *m = vmulq_f32(halves(p + 32 + 2 * at), unsigned_bytes(vshr_n_u8(both, 4)));
+            *m = vmulq_f32(halves(head + 32 + 2 * at), unsigned_bytes(vshr_n_u8(both, 4)));
         } else {
-            *d = vmulq_f32(big_d, signed_bytes(four_bytes(p + 32 + 16 * j + at)));
+            *d = vmulq_f32(big_d, signed_bytes(four_bytes(factors)));
             *m = vmulq_n_f32(*d, (float)offset);
         }
     }
@@ -101,8 +100,8 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
                              int first_quarter, const pl_weight *w, const uint8_t *panel, const uint8_t *tile,
                              const float *dx, const float *sums, float *out) {
     const int64_t groups = w->n_cols / PL_GROUP;
-    const uint8_t *low = panel + first_quarter * QUARTER_BYTES, *two = low + w->two_at, *one = low + w->one_at;
-    const uint8_t *scales = panel + w->scales_at;
+    const int in_line = pl_line_groups(kind);
+    const uint8_t *at = panel, *head = panel, *line = panel;
     const int8_t *q = (const int8_t *)tile;
     float32x4_t total[2 * MAX_LANES];
 #pragma GCC unroll 12
@@ -110,6 +109,14 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
         total[t] = vdupq_n_f32(0);
     }
     for (int64_t group = 0; group < groups; group++) {
+        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
+            head = at;
+            at += PL_LINE_BYTES;
+        }
+        if (group % in_line == 0) {
+            line = at;
+            at += PL_LINE_BYTES;
+        }
 #pragma GCC unroll 2
         for (int part = 0; part < PL_GROUP / sub; part++) {
             int32x4_t sum[2 * MAX_LANES];
@@ -121,8 +128,9 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
             for (int i = part * (sub / 4); i < (part + 1) * (sub / 4); i++) {
 #pragma GCC unroll 4
                 for (int k = 0; k < n; k++) {
-                    const int at = k * QUARTER_BYTES;
-                    const int8x16_t u = codes(low_bits, two_shift, one_shift, low + at, two + at, one + at, i);
+                    const uint8_t *low = at + (first_quarter + k) * QUARTER_BYTES, *two = low + pl_two_at(low_bits);
+                    const uint8_t *one = low + pl_one_at(low_bits, two_shift);
+                    const int8x16_t u = codes(low_bits, two_shift, one_shift, low, two, one, i);
 #pragma GCC unroll 6
                     for (int t = 0; t < lanes; t++) {
                         const int four = i * lanes + t;
@@ -133,7 +141,7 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
 #pragma GCC unroll 4
             for (int k = 0; k < n; k++) {
                 float32x4_t d, m;
-                affine(kind, offset, scales, group, sub, part, first_quarter + k, &d, &m);
+                affine(kind, offset, head, line, (int)(group % in_line), part, first_quarter + k, &d, &m);
 #pragma GCC unroll 6
                 for (int t = 0; t < lanes; t++) {
                     float32x4_t *to = &total[k * lanes + t];
@@ -145,9 +153,7 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
             }
             sums += lanes;
         }
-        low += PL_GROUP * PL_PANEL_ROWS * low_bits / 8;
-        two += two_shift >= 0 ? 128 : 0;
-        one += one_shift >= 0 ? 64 : 0;
+        at += pl_code_bytes(low_bits, two_shift, one_shift);
         q += PL_GROUP * lanes;
         dx += lanes;
     }
