@@ -14,16 +14,33 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TURNS = (
-    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else "
-    "message['role']) + '\n' + message['content'] + '<end_of_turn>\n' }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' "
+    "else message['role']) + '\n' + message['content'] + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-WORDS = "the and ing ion you that with this have from they will what there one all her hello world time day not are for".split()
+WORDS = [
+    "the",
+    "and",
+    "ing",
+    "ion",
+    "you",
+    "that",
+    "with",
+    "this",
+    "have",
+    "from",
+    "they",
+    "will",
+    "what",
+    "there",
+    "one",
+]
+WORDS += ["all", "her", "hello", "world", "time", "day", "not", "are", "for"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# K formats: where a block keeps its scale and, if it has one, the factor of its minima (bytes from its beginning), and the mean of
-# the codes, which the minima have to take away for the values to have a mean of about nothing.
+# K formats: where a block keeps its scale and, if it has one, the factor of its minima (bytes from its beginning), and the
+# mean of the codes, which the minima have to take away for the values to have a mean of about nothing.
 _K_FORMATS: dict[str, tuple[int, int | None, float]] = {
     "Q2_K": (80, 82, 1.5),
     "Q3_K": (108, None, 0.0),
@@ -42,7 +59,7 @@ def byte_characters() -> list[str]:
 
 
 def _prefixes(space: str) -> list[tuple[str, str]]:
-    """Merges that build every word letter by letter, with and without a space before it; each once, in order of first use."""
+    """Merges that build every word letter by letter, with and without a space before it; each once."""
     words = [prefix + word for word in WORDS for prefix in (space, "")]
     pairs = [(word[:i], word[i]) for word in words for i in range(1, len(word))]
     return list(dict.fromkeys(pairs))
@@ -130,11 +147,10 @@ class _Tensors:
 
 
 def make_llama(
-    path: Path, *, n_layer: int = 2, n_embd: int = 64, n_head: int = 4, n_head_kv: int = 2, n_ff: int = 128, n_ctx: int = 512,
-    quant: str = "F32", architecture: str = "llama", seed: int = 0,
+    path: Path, *, n_layer: int = 2, n_embd: int = 64, n_head: int = 4, n_head_kv: int = 2, n_ff: int = 128,
+    n_ctx: int = 512, quant: str = "F32", architecture: str = "llama", seed: int = 0,
 ) -> None:  # fmt: skip
-    """Writes a llama with a byte-level vocabulary. ``quant`` is the matrices' format: a multiple of its block must divide into
-    ``n_embd`` and ``n_ff``."""
+    """Writes a llama with a byte-level vocabulary. ``quant`` is the matrices' format, whose blocks must divide their rows."""
     writer = GGUFWriter()
     writer.add("general.architecture", architecture)
     writer.add("general.name", "tiny llama")
@@ -157,8 +173,8 @@ def make_llama(
     for i in range(n_layer):
         b = f"blk.{i}."
         tensors.norm(b + "attn_norm", n_embd)
-        for name, n_rows, n_cols in (("q", n_embd, n_embd), ("k", n_kv, n_embd), ("v", n_kv, n_embd), ("output", n_embd, n_embd)):
-            tensors.matrix(f"{b}attn_{name}", n_rows, n_cols)
+        for name, n_rows in (("q", n_embd), ("k", n_kv), ("v", n_kv), ("output", n_embd)):
+            tensors.matrix(f"{b}attn_{name}", n_rows, n_embd)
         tensors.norm(b + "ffn_norm", n_embd)
         tensors.matrix(b + "ffn_gate", n_ff, n_embd)
         tensors.matrix(b + "ffn_up", n_ff, n_embd)
@@ -169,10 +185,10 @@ def make_llama(
 
 
 def make_gemma3(
-    path: Path, *, n_layer: int = 7, n_embd: int = 64, n_head: int = 2, n_head_kv: int = 1, head_dim: int = 32, n_ff: int = 128,
-    n_ctx: int = 512, sliding_window: int = 16, quant: str = "F32", seed: int = 0,
+    path: Path, *, n_layer: int = 7, n_embd: int = 64, n_head: int = 2, n_head_kv: int = 1, head_dim: int = 32,
+    n_ff: int = 128, n_ctx: int = 512, sliding_window: int = 16, quant: str = "F32", seed: int = 0,
 ) -> None:  # fmt: skip
-    """Writes a gemma3 with a SentencePiece-style vocabulary; the sixth layer is global. ``quant`` as in :func:`make_llama`."""
+    """Writes a gemma3 with a SentencePiece-style vocabulary; the sixth layer is global."""
     writer = GGUFWriter()
     writer.add("general.architecture", "gemma3")
     writer.add("general.name", "tiny gemma")
