@@ -1,0 +1,242 @@
+"""The server's flags: one table, from which the command line, its help and the environment variables are read."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyllama import __version__
+
+__all__ = ["FLAGS", "Flag", "Settings", "parse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the flags say."""
+
+    threads: int | None
+    threads_batch: int | None
+    model: Path | None
+    """None: the default model, fetched when it is missing."""
+    alias: str | None
+    ctx_size: int
+    """0: what the model was trained with."""
+    batch_size: int
+    n_predict: int
+    """For requests that do not say; -1: without end."""
+    memory_f32: bool
+    mlock: bool
+    no_mmap: bool
+    seed: int
+    parallel: int
+    cont_batching: bool
+    embedding: bool
+    system_prompt_file: Path | None
+    chat_template: str | None
+    timeout: float
+    host: str
+    port: int
+    path: Path | None
+    api_key: str | None
+    queue: int
+    """Requests that may wait for a slot."""
+    log_format: str
+    verbose: bool
+    n_gpu_layers: int | None
+    main_gpu: int | None
+    tensor_split: str | None
+    numa: bool
+    lora: Path | None
+    lora_base: Path | None
+    mmproj: Path | None
+
+    @property
+    def without_effect(self) -> list[str]:
+        """One line for each flag that was given and has nothing to act on yet."""
+        return [
+            f"{flag.names[-1]} has no effect: {flag.missing}"
+            for flag in FLAGS
+            if flag.missing and getattr(self, flag.field) not in (None, False)
+        ]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A row of the table."""
+
+    names: tuple[str, ...]
+    """The long form comes last."""
+    env: str
+    """Environment variable for where the flag is not given."""
+    help: str
+    default: Any = None
+    type: Callable[[str], Any] = str
+    """``bool``: a switch, which takes no value."""
+    metavar: str = "N"
+    missing: str = ""
+    """Why the flag has no effect."""
+
+    @property
+    def field(self) -> str:
+        """Its name in :class:`Settings`."""
+        return self.names[-1].lstrip("-").replace("-", "_")
+
+
+def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+        return value
+
+    return integer
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (math.isfinite(value) and 1 <= value <= 1e7):
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 10000000")
+    return value
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a directory")
+    return path
+
+
+def _log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
+    return text
+
+
+_NO_GPU = "pyllama was built without a GPU back end"
+
+FLAGS = (
+    Flag(("-t", "--threads"), "LLAMA_ARG_THREADS", "threads for generation (default: one per core)", None, _integer(1, 1024)),
+    Flag(
+        ("-tb", "--threads-batch"),
+        "LLAMA_ARG_THREADS_BATCH",
+        "threads for prompts (default: as --threads)",
+        None,
+        _integer(1, 1024),
+    ),
+    Flag(
+        ("-m", "--model"),
+        "LLAMA_ARG_MODEL",
+        "GGUF file (default: SmolLM2-135M-Instruct, fetched once)",
+        None,
+        Path,
+        "FNAME",
+    ),
+    Flag(("-a", "--alias"), "LLAMA_ARG_ALIAS", "the model's name in answers (default: its path)", None, str, "ALIAS"),
+    Flag(("-c", "--ctx-size"), "LLAMA_ARG_CTX_SIZE", "tokens of context; 0: the model's own", 512, _integer(0)),
+    Flag(("-b", "--batch-size"), "LLAMA_ARG_BATCH", "most tokens evaluated at once", 512, _integer(1)),
+    Flag(("-n", "--n-predict"), "LLAMA_ARG_N_PREDICT", "tokens to predict; -1: without end", -1, _integer(-1)),
+    Flag(("--memory-f32",), "LLAMA_ARG_MEMORY_F32", "keys and values in 32 bits instead of 16", False, bool),
+    Flag(("--mlock",), "LLAMA_ARG_MLOCK", "keep the model from being swapped out", False, bool),
+    Flag(("--no-mmap",), "LLAMA_ARG_NO_MMAP", "read the model instead of mapping it", False, bool),
+    Flag(("-s", "--seed"), "LLAMA_ARG_SEED", "for requests that give none; -1: random", -1, _integer(-1, 2**32 - 1)),
+    Flag(("-np", "--parallel"), "LLAMA_ARG_N_PARALLEL", "slots: requests answered at once", 1, _integer(1, 256)),
+    Flag(
+        ("-cb", "--cont-batching"),
+        "LLAMA_ARG_CONT_BATCHING",
+        "start a request while others run, instead of after them",
+        False,
+        bool,
+    ),
+    Flag(("--embedding",), "LLAMA_ARG_EMBEDDINGS", "enable the embedding endpoints", False, bool),
+    Flag(
+        ("-spf", "--system-prompt-file"),
+        "LLAMA_ARG_SYSTEM_PROMPT_FILE",
+        "JSON file with the system prompt of all slots",
+        None,
+        Path,
+        "FNAME",
+    ),
+    Flag(
+        ("--chat-template",),
+        "LLAMA_ARG_CHAT_TEMPLATE",
+        "Jinja2 source of a chat template, or 'chatml' (default: the model's own)",
+        None,
+        str,
+        "TEMPLATE",
+    ),
+    Flag(("-to", "--timeout"), "LLAMA_ARG_TIMEOUT", "seconds without reading or writing", 600, _seconds),
+    Flag(("--host",), "LLAMA_ARG_HOST", "address to listen on", "127.0.0.1", str, "HOST"),
+    Flag(("--port",), "LLAMA_ARG_PORT", "port to listen on", 8080, _integer(0, 65535), "PORT"),
+    Flag(("--path",), "LLAMA_ARG_STATIC_PATH", "directory of pages that come before the built-in ones", None, _directory, "DIR"),
+    Flag(("--api-key",), "LLAMA_API_KEY", "key that POST requests must bring", None, str, "KEY"),
+    Flag(("--queue",), "LLAMA_ARG_QUEUE", "requests that may wait for a slot; more are answered 429", 64, _integer(0, 1024)),
+    Flag(("--log-format",), "LLAMA_ARG_LOG_FORMAT", "text or json", "text", _log_format, "FORMAT"),
+    Flag(("-v", "--verbose"), "LLAMA_ARG_VERBOSE", "log more", False, bool),
+    Flag(("-ngl", "--n-gpu-layers"), "LLAMA_ARG_N_GPU_LAYERS", "layers on the GPU", None, _integer(-1), missing=_NO_GPU),
+    Flag(("-mg", "--main-gpu"), "LLAMA_ARG_MAIN_GPU", "GPU for small tensors", None, _integer(0), missing=_NO_GPU),
+    Flag(
+        ("-ts", "--tensor-split"),
+        "LLAMA_ARG_TENSOR_SPLIT",
+        "shares of several GPUs",
+        None,
+        str,
+        "SPLIT",
+        missing=_NO_GPU,
+    ),
+    Flag(("--numa",), "LLAMA_ARG_NUMA", "place memory for NUMA machines", False, bool, missing="placement is not built yet"),
+    Flag(("--lora",), "LLAMA_ARG_LORA", "LoRA adapter", None, Path, "FNAME", missing="adapters are not built yet"),
+    Flag(("--lora-base",), "LLAMA_ARG_LORA_BASE", "base of the adapter", None, Path, "FNAME", missing="see --lora"),
+    Flag(("--mmproj",), "LLAMA_ARG_MMPROJ", "projector for images", None, Path, "FILE", missing="images are not built yet"),
+)
+
+
+def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ, prog: str = "server.py") -> Settings:
+    """Settings from the command line; where a flag is not given, from its environment variable; else its default.
+
+    Prints a message and raises ``SystemExit`` when something is wrong, or for ``--help`` and ``--version``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Serves a language model from a GGUF file over HTTP.",
+        epilog="Every flag can also be given as an environment variable: " + ", ".join(f.env for f in FLAGS) + ".",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pyllama {__version__}")
+    for flag in FLAGS:
+        default = _from_environment(parser, flag, environ)
+        shown = "" if flag.default is None or flag.type is bool else f" (default: {flag.default})"
+        text = (flag.help + shown).replace("%", "%%")
+        if flag.type is bool:
+            parser.add_argument(*flag.names, dest=flag.field, action="store_true", default=default, help=text)
+        else:
+            parser.add_argument(
+                *flag.names, dest=flag.field, type=flag.type, default=default, metavar=flag.metavar, help=text
+            )
+    return Settings(**vars(parser.parse_args(argv)))
+
+
+def _from_environment(parser: argparse.ArgumentParser, flag: Flag, environ: Mapping[str, str]) -> Any:
+    text = environ.get(flag.env, "")
+    if not text:
+        return flag.default
+    if flag.type is bool:
+        if text.lower() in ("1", "true", "on", "yes"):
+            return True
+        if text.lower() in ("0", "false", "off", "no"):
+            return False
+        parser.error(f"{flag.env}: {text!r} is neither true nor false")
+    try:
+        return flag.type(text)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"{flag.env}: {error}")

@@ -1,0 +1,253 @@
+"""Waitress, with what a server of long streams needs besides: errors as JSON objects also where no handler was reached, one log
+line for each request, clients that do not read given up after the timeout, and a stop that lets answers be finished.
+
+This module knows sockets and WSGI; nothing of models or of what the paths mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+
+from pyllama import __version__
+from pyllama.server.errors import JSON, error_body
+
+__all__ = ["MAX_BODY", "NOTES", "RequestRecord", "Server"]
+
+MAX_BODY = 16 << 20
+"""Bytes of a request's body."""
+MAX_HEADER = 64 << 10
+MAX_CONNECTIONS = 1000
+MAX_UNREAD = 1 << 20
+"""Bytes of a stream that wait for a slow reader before the stream itself has to wait."""
+LINGER_SECONDS = 5.0
+"""How long what a refused client still sends is read and dropped, so that it gets to see the answer."""
+STOP_SECONDS = 5.0
+"""How long a stop waits for answers to be finished."""
+NOTES = "pyllama.notes"
+"""Key of the WSGI environment under which a handler finds a dictionary for what it wants to see in the log."""
+
+Application = Callable[..., Any]
+
+
+class RequestRecord(NamedTuple):
+    """What is logged of a request."""
+
+    client: str
+    method: str
+    path: str
+    status: int
+    n_bytes: int
+    """Of the answer's body."""
+    seconds: float
+    notes: dict[str, Any]
+
+
+class _Recorded:
+    """A task that reports itself when it is done."""
+
+    def service(self) -> None:
+        try:
+            super().service()  # type: ignore[misc]
+        finally:
+            environ = getattr(self, "environ", None) or {}
+            request, channel = self.request, self.channel
+            channel.server.on_request(
+                RequestRecord(
+                    client=channel.addr[0],
+                    method=getattr(request, "command", None) or "-",
+                    path=getattr(request, "path", None) or "-",
+                    status=int(self.status.split(" ", 1)[0]),
+                    n_bytes=self.content_bytes_written,
+                    seconds=time.time() - self.start_time,
+                    notes=environ.get(NOTES, {}),
+                )
+            )
+
+
+class _Task(_Recorded, WSGITask):
+    def get_environment(self) -> dict[str, Any]:
+        environ = super().get_environment()
+        environ.setdefault(NOTES, {})
+        return environ
+
+
+class _RefusedTask(_Recorded, ErrorTask):
+    """The answer to a request that Waitress refused: no HTTP, or too much of it."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        message = f"the body is larger than {MAX_BODY} bytes" if error.code == 413 else error.body
+        body = error_body(error.code, f"{error.reason}: {message}")
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers += [("Content-Type", JSON), ("Access-Control-Allow-Origin", "*")]
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.channel.lingers = True
+        self.write(body)
+
+
+class _Parser(HTTPRequestParser):
+    def received(self, data: bytes) -> int:
+        n = super().received(data)
+        if self.error:
+            self.expect_continue = False  # nobody wants the rest
+        return n
+
+
+class _Channel(HTTPChannel):
+    """One connection."""
+
+    task_class = _Task
+    error_task_class = _RefusedTask
+    parser_class = _Parser
+    lingers = False
+    """Shall what still arrives be dropped for a while before the connection is closed?"""
+    lingering_until: float | None = None
+
+    def readable(self) -> bool:
+        return self.lingering_until is not None or super().readable()
+
+    def received(self, data: bytes) -> bool:
+        return self.lingering_until is None and super().received(data)
+
+    def handle_write(self) -> None:
+        if not (self.lingers and self.close_when_flushed):
+            super().handle_write()
+            return
+        self._flush_exception(self._flush_some)
+        if not self.total_outbufs_len:
+            # Closing now, with input unread, would reset the connection, and the answer would be lost on its way.
+            self.close_when_flushed = False
+            self.lingering_until = time.time() + LINGER_SECONDS
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.will_close = True
+        if self.will_close:
+            self.handle_close()
+
+    def is_overdue(self, now: float, cutoff: float) -> bool:
+        """Has the client taken nothing of its answer since ``cutoff``, or lingered too long?"""
+        unread = self.total_outbufs_len and self.last_activity < cutoff
+        return bool(unread) or (self.lingering_until is not None and self.lingering_until < now)
+
+
+class _Listener(TcpWSGIServer):
+    """One listening socket."""
+
+    channel_class = _Channel
+    on_request: Callable[[RequestRecord], None]
+
+    def maintenance(self, now: float) -> None:
+        super().maintenance(now)
+        for channel in list(self.active_channels.values()):
+            if channel.is_overdue(now, now - self.adj.channel_timeout):
+                channel.handle_close()
+
+
+class Server:
+    """Listens from the moment it is made; answers while :meth:`run` runs.
+
+    Args:
+        application: WSGI. Its environment has :data:`NOTES`, and ``waitress.client_disconnected()`` tells whether the client
+            is gone.
+        host, port: where to listen; a host name with several addresses means all of them. Port 0: any free one.
+        n_threads: requests that can be answered at once.
+        timeout: seconds after which a client that sends or reads nothing is given up.
+        on_request: called with a record of every request, in any thread.
+
+    Raises:
+        OSError: it is not possible to listen there.
+    """
+
+    def __init__(
+        self,
+        application: Application,
+        host: str,
+        port: int,
+        *,
+        n_threads: int,
+        timeout: float,
+        on_request: Callable[[RequestRecord], None],
+    ) -> None:
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        try:
+            settings = Adjustments(
+                host=host,
+                port=port,
+                threads=n_threads,
+                ident=f"pyllama/{__version__}",
+                asyncore_use_poll=True,
+                channel_request_lookahead=1,  # goes on reading during an answer, and so sees that a client has gone
+                channel_timeout=max(1, round(timeout)),
+                cleanup_interval=1,
+                connection_limit=MAX_CONNECTIONS,
+                log_socket_errors=False,
+                max_request_body_size=MAX_BODY,
+                max_request_header_size=MAX_HEADER,
+                outbuf_high_watermark=MAX_UNREAD,
+            )
+        except ValueError as error:
+            raise OSError(f"{host!r} is not an address of this machine") from error
+        self._dispatcher = ThreadedTaskDispatcher()
+        self._map: dict[int, Any] = {}
+        self._listeners: list[_Listener] = []
+        self._stopping = False
+        try:
+            for address in settings.listen:
+                listener = _Listener(
+                    application, self._map, dispatcher=self._dispatcher, adj=settings, sockinfo=address
+                )
+                listener.on_request = on_request
+                self._listeners.append(listener)
+        except OSError:
+            wasyncore.close_all(self._map)
+            raise
+        self._dispatcher.set_thread_count(n_threads)
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Hosts and ports on which it listens."""
+        return [(listener.effective_host, int(listener.effective_port)) for listener in self._listeners]
+
+    def run(self, on_stop: Callable[[], None] = lambda: None) -> None:
+        """Answers requests until :meth:`stop`. Then nobody else is let in, ``on_stop`` is called (in this thread: it should end
+        the answers that are under way, soon), and what is left to say is sent within a few seconds.
+        """
+        while not self._stopping:
+            self._poll(1.0)
+        for listener in self._listeners:
+            listener.accepting = False
+            wasyncore.dispatcher.close(listener)
+        end = time.monotonic() + STOP_SECONDS
+        on_stop()
+        while self._is_busy() and time.monotonic() < end:
+            self._poll(0.05)
+        self._dispatcher.shutdown(timeout=1)
+        wasyncore.close_all(self._map)
+
+    def stop(self) -> None:
+        """Makes :meth:`run` return. Any thread and any signal handler may call this."""
+        self._stopping = True
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):  # it is closed already
+                listener.pull_trigger()
+
+    def _poll(self, seconds: float) -> None:
+        wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
+
+    def _is_busy(self) -> bool:
+        channels = [channel for listener in self._listeners for channel in listener.active_channels.values()]
+        return any(channel.requests or channel.total_outbufs_len for channel in channels)
