@@ -90,7 +90,7 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
     const uint8_t *at = panel, *head = panel, *line = panel, *q = tile;
     /* 254 = 2 * 127 is the most that a pair of codes 1 comes to; pieces in a run stay below 2^15 together. */
     const int bits = low_bits == 8 ? 7 : one_shift >= 0 ? one_shift + 1 : two_shift >= 0 ? two_shift + 2 : low_bits;
-    const int pieces = sub / 4, run = PL_MIN(pieces, 32767 / (254 * ((1 << bits) - 1)));
+    const int parts = PL_GROUP / sub, pieces = sub / 4, run = PL_MIN(pieces, 32767 / (254 * ((1 << bits) - 1)));
     const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
     __m256 total[MAX_LANES];
 #pragma GCC unroll 4
@@ -107,34 +107,29 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
             at += PL_LINE_BYTES;
         }
 #pragma GCC unroll 2
-        for (int part = 0; part < PL_GROUP / sub; part++) {
+        for (int part = 0; part < parts; part++) {
             __m256i sum[MAX_LANES];
 #pragma GCC unroll 4
             for (int t = 0; t < n_halves * lanes; t++) {
                 sum[t] = _mm256_setzero_si256();
             }
+            __m256i narrow[MAX_LANES];
 #pragma GCC unroll 8
-            for (int first = part * pieces; first < (part + 1) * pieces; first += run) {
-                __m256i narrow[MAX_LANES];
-#pragma GCC unroll 8
-                for (int i = first; i < first + run; i++) {
+            for (int i = part * pieces; i < (part + 1) * pieces; i++) {
 #pragma GCC unroll 2
-                    for (int half = 0; half < n_halves; half++) {
-                        const uint8_t *low = at + (first_half + half) * HALF_BYTES, *two = low + pl_two_at(low_bits);
-                        const uint8_t *one = low + pl_one_at(low_bits, two_shift);
-                        __m256i u = codes(low_bits, two_shift, one_shift, low, two, one, i);
-                        u = low_bits == 8 ? _mm256_xor_si256(u, flip) : u;
+                for (int half = 0; half < n_halves; half++) {
+                    const uint8_t *low = at + (first_half + half) * HALF_BYTES, *two = low + pl_two_at(low_bits);
+                    const uint8_t *one = low + pl_one_at(low_bits, two_shift);
+                    __m256i u = codes(low_bits, two_shift, one_shift, low, two, one, i);
+                    u = low_bits == 8 ? _mm256_xor_si256(u, flip) : u;
 #pragma GCC unroll 4
-                        for (int t = 0; t < lanes; t++) {
-                            const __m256i two_products = pairs(low_bits, u, q + (i * lanes + t) * 4);
-                            __m256i *n = &narrow[half * lanes + t];
-                            *n = i == first ? two_products : _mm256_add_epi16(*n, two_products);
+                    for (int t = half * lanes; t < (half + 1) * lanes; t++) {
+                        const __m256i two_products = pairs(low_bits, u, q + (i * lanes + t - half * lanes) * 4);
+                        narrow[t] = i % run == 0 ? two_products : _mm256_add_epi16(narrow[t], two_products);
+                        if (i % run == run - 1) {
+                            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(narrow[t], ones));
                         }
                     }
-                }
-#pragma GCC unroll 4
-                for (int t = 0; t < n_halves * lanes; t++) {
-                    sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(narrow[t], ones));
                 }
             }
 #pragma GCC unroll 2

@@ -100,7 +100,7 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
                              int first_quarter, const pl_weight *w, const uint8_t *panel, const uint8_t *tile,
                              const float *dx, const float *sums, float *out) {
     const int64_t groups = w->n_cols / PL_GROUP;
-    const int in_line = pl_line_groups(kind);
+    const int in_line = pl_line_groups(kind), parts = PL_GROUP / sub;
     const uint8_t *at = panel, *head = panel, *line = panel;
     const int8_t *q = (const int8_t *)tile;
     float32x4_t total[2 * MAX_LANES];
@@ -118,7 +118,7 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
             at += PL_LINE_BYTES;
         }
 #pragma GCC unroll 2
-        for (int part = 0; part < PL_GROUP / sub; part++) {
+        for (int part = 0; part < parts; part++) {
             int32x4_t sum[2 * MAX_LANES];
 #pragma GCC unroll 12
             for (int t = 0; t < n * lanes; t++) {
