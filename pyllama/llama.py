@@ -1,0 +1,451 @@
+"""The library's front door: :class:`Llama`, with the names and result shapes that users of llama-cpp-python know.
+
+Everything goes through one engine, so that any number of threads may call the same object at a time. This module knows no
+HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pyllama import pull
+from pyllama.chat import ChatTemplate
+from pyllama.engine import Done, Engine, Request, Stream, Token
+from pyllama.models import load
+from pyllama.sampling import Sample, SamplingParams
+
+__all__ = ["Llama"]
+
+
+class Llama:
+    """A model, loaded and ready.
+
+    Args:
+        model_path: a GGUF file; None for the default model, which is fetched if it is not there yet.
+        n_ctx: tokens of context, shared by all calls that run at a time; 0: as many as the model was trained with.
+        n_batch: most tokens of one step.
+        n_threads: threads that generate; None: one per core.
+        n_threads_batch: threads that read prompts; None: the same.
+        n_parallel: calls that are worked on at a time; more wait.
+        seed: of the calls that name none; -1: a new one each time.
+        use_mmap: map the file instead of reading it.
+        use_mlock: keep the weights in memory.
+        kv_type: ``f16`` or ``f32``, what keys and values are kept as.
+
+    Raises:
+        GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
+        PullError: the default model cannot be fetched.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int = 512,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        n_parallel: int = 4,
+        seed: int = -1,
+        use_mmap: bool = True,
+        use_mlock: bool = False,
+        kv_type: str = "f16",
+    ) -> None:
+        path = pull.path_of() if model_path is None else model_path
+        self.model_path = os.fspath(path)
+        self.model = load(
+            path,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_threads=n_threads,
+            n_threads_batch=n_threads_batch,
+            max_sequences=n_parallel,
+            kv_type=kv_type,
+            mmap=use_mmap,
+            mlock=use_mlock,
+        )
+        self.engine = Engine(self.model, n_parallel)
+        self._seed = seed
+        self._template: ChatTemplate | None = None
+
+    def close(self) -> None:
+        """Ends running calls and gives the memory back."""
+        self.engine.close()
+        self.model.close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    def n_ctx(self) -> int:
+        """Tokens of context."""
+        return self.model.n_ctx
+
+    def n_vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.model.tokenizer.n_vocab
+
+    def n_embd(self) -> int:
+        """Elements of an embedding."""
+        return self.model.hp.n_embd
+
+    def token_bos(self) -> int:
+        """The token that begins a text; -1 if there is none."""
+        return _or_none(self.model.tokenizer.bos_id)
+
+    def token_eos(self) -> int:
+        """The token that ends a text; -1 if there is none."""
+        return _or_none(self.model.tokenizer.eos_id)
+
+    def token_nl(self) -> int:
+        """The newline's token; -1 if there is none."""
+        return _or_none(self.model.tokenizer.nl_id)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The file's metadata, arrays left out."""
+        return self.model.metadata
+
+    # -- text and tokens ----------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: bytes | str, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Tokens of a text.
+
+        Args:
+            add_bos: begin (and end) with the tokens that the model wants there.
+            special: read control tokens that are spelled out in the text as such.
+        """
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        return self.model.tokenizer.encode(text, add_special=add_bos, parse_special=special)
+
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
+        """The text of tokens, UTF-8. ``special``: spell control tokens out."""
+        return self.model.tokenizer.decode(tokens, special=special).encode("utf-8")
+
+    # -- embeddings ---------------------------------------------------------------------------------------------------
+
+    def embed(self, input: str | Sequence[str], normalize: bool = False) -> list[float] | list[list[float]]:
+        """The last token's state after the last layer's norm, for each text; one list for a single string.
+
+        Args:
+            normalize: scale to length 1.
+        """
+        rows, _ = self._embed([input] if isinstance(input, str) else list(input), normalize)
+        return rows[0] if isinstance(input, str) else rows
+
+    def create_embedding(self, input: str | Sequence[str], model: str | None = None) -> dict[str, Any]:
+        """The same in the shape of OpenAI's API."""
+        rows, n_tokens = self._embed([input] if isinstance(input, str) else list(input), normalize=False)
+        return {
+            "object": "list",
+            "data": [{"object": "embedding", "embedding": row, "index": i} for i, row in enumerate(rows)],
+            "model": model or self.model_path,
+            "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
+        }
+
+    def _embed(self, texts: list[str], normalize: bool) -> tuple[list[list[float]], int]:
+        prompts = [self._prompt_tokens(text) for text in texts]
+        streams = [self.engine.submit(Request(prompt=prompt, embedding=True)) for prompt in prompts]
+        rows = []
+        for stream in streams:
+            row = self._finished(stream)[2].embedding
+            length = float((row * row).sum()) ** 0.5
+            rows.append((row / length if normalize and length else row).tolist())
+        return rows, sum(map(len, prompts))
+
+    # -- completions --------------------------------------------------------------------------------------------------
+
+    def __call__(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """The same as :meth:`create_completion`."""
+        return self.create_completion(prompt, **options)
+
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 16,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        logprobs: int | None = None,
+        echo: bool = False,
+        stop: str | Sequence[str] | None = None,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        repeat_penalty: float = 1.0,
+        top_k: int = 40,
+        stream: bool = False,
+        seed: int | None = None,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        model: str | None = None,
+        grammar: str | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Continues a prompt.
+
+        Args:
+            prompt: text, or tokens.
+            max_tokens: most tokens to generate; None or less than 1: as many as the context holds.
+            logprobs: how many of the best tokens' log-probabilities to report with each token; None: none.
+            echo: put the prompt before the answer.
+            stop: texts that end the answer.
+            stream: give an iterator of chunks instead of the whole.
+            seed: of the random numbers; None: the object's.
+            model: what to call the model in the result.
+            grammar: GBNF that the answer must follow.
+            logit_bias: token → what is added to its logit.
+
+        Returns:
+            OpenAI's ``text_completion`` object, or an iterator of such with parts of the text.
+
+        Raises:
+            ValueError: an option is out of range, or the prompt does not fit into the context.
+            GrammarError: the grammar is not one.
+            RuntimeError: the model failed.
+        """
+        params = SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, tfs_z=tfs_z, typical_p=typical_p,
+            repeat_penalty=repeat_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
+            mirostat=mirostat_mode, mirostat_tau=mirostat_tau, mirostat_eta=mirostat_eta,
+            seed=self._seed if seed is None else seed, logit_bias=tuple((logit_bias or {}).items()),
+            grammar=grammar or "", n_probs=logprobs or 0,
+        )  # fmt: skip
+        tokens = self._prompt_tokens(prompt)
+        answer = self._submit(tokens, params, max_tokens, stop)
+        echoed = (prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)) if echo else ""
+        base = _base("cmpl", "text_completion", model or self.model_path)
+        if stream:
+            return self._stream_completion(answer, base, echoed, logprobs)
+        text, samples, done = self._finished(answer)
+        return {
+            **base,
+            "choices": [
+                {
+                    "text": echoed + text,
+                    "index": 0,
+                    "logprobs": self._logprobs(samples, len(echoed)) if logprobs is not None else None,
+                    "finish_reason": _finish_reason(done),
+                }
+            ],
+            "usage": _usage(done),
+        }
+
+    def _stream_completion(
+        self, answer: Stream, base: dict[str, Any], echoed: str, logprobs: int | None
+    ) -> Iterator[dict[str, Any]]:
+        def chunk(text: str, samples: Sequence[Sample], finish_reason: str | None) -> dict[str, Any]:
+            told = self._logprobs(samples, offset) if logprobs is not None and samples else None
+            return {**base, "choices": [{"text": text, "index": 0, "logprobs": told, "finish_reason": finish_reason}]}
+
+        offset = 0
+        if echoed:
+            yield chunk(echoed, (), None)
+            offset = len(echoed)
+        for event in self._events(answer):
+            if isinstance(event, Token):
+                yield chunk(event.text, event.samples, None)
+                offset += len(event.text)
+            else:
+                yield chunk("", (), _finish_reason(event))
+
+    # -- chat ---------------------------------------------------------------------------------------------------------
+
+    def create_chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.2,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        top_k: int = 40,
+        stream: bool = False,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repeat_penalty: float = 1.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        model: str | None = None,
+        grammar: str | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: bool = False,
+        top_logprobs: int | None = None,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Answers a conversation, by the model's own chat template.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": …}``, the oldest first.
+            logprobs, top_logprobs: report each token's log-probability, and those of so many best tokens.
+
+        The other arguments, and what is raised, are as in :meth:`create_completion`; a ``ChatTemplateError`` (a ``ValueError``)
+        says that the template refuses the messages.
+
+        Returns:
+            OpenAI's ``chat.completion`` object, or an iterator of ``chat.completion.chunk`` objects.
+        """
+        params = SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, tfs_z=tfs_z, typical_p=typical_p,
+            repeat_penalty=repeat_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
+            mirostat=mirostat_mode, mirostat_tau=mirostat_tau, mirostat_eta=mirostat_eta,
+            seed=self._seed if seed is None else seed, logit_bias=tuple((logit_bias or {}).items()),
+            grammar=grammar or "",
+            n_probs=max(1, top_logprobs or 0) if logprobs else 0,
+        )  # fmt: skip
+        answer = self._submit(self.chat_tokens(messages), params, max_tokens, stop)
+        n_top = top_logprobs or 0
+        if stream:
+            base = _base("chatcmpl", "chat.completion.chunk", model or self.model_path)
+            return self._stream_chat(answer, base, n_top if logprobs else None)
+        text, samples, done = self._finished(answer)
+        return {
+            **_base("chatcmpl", "chat.completion", model or self.model_path),
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text},
+                    "logprobs": self._chat_logprobs(samples, n_top) if logprobs else None,
+                    "finish_reason": _finish_reason(done),
+                }
+            ],
+            "usage": _usage(done),
+        }
+
+    def _stream_chat(self, answer: Stream, base: dict[str, Any], n_top: int | None) -> Iterator[dict[str, Any]]:
+        def chunk(delta: dict[str, str], samples: Sequence[Sample], finish_reason: str | None) -> dict[str, Any]:
+            told = self._chat_logprobs(samples, n_top) if n_top is not None and samples else None
+            return {**base, "choices": [{"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish_reason}]}
+
+        yield chunk({"role": "assistant"}, (), None)
+        for event in self._events(answer):
+            if isinstance(event, Token):
+                yield chunk({"content": event.text}, event.samples, None)
+            else:
+                yield chunk({}, (), _finish_reason(event))
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """The prompt of a conversation, by the model's chat template.
+
+        Raises:
+            ChatTemplateError: the template refuses the messages, or is broken.
+        """
+        tokenizer = self.model.tokenizer
+        if self._template is None:
+            self._template = ChatTemplate.of(tokenizer)
+        tokens = tokenizer.encode(self._template.render(messages))
+        if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
+            tokens.insert(0, tokenizer.bos_id)  # most templates write it themselves
+        return tuple(tokens)
+
+    # -- the way through the engine -----------------------------------------------------------------------------------
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        tokens = self.model.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
+        if not tokens:  # an empty text: begin from nothing, as far as the model knows how
+            tokens = [token for token in (self.model.tokenizer.bos_id, self.model.tokenizer.eos_id) if token is not None][:1]
+        return tuple(tokens)
+
+    def _submit(
+        self, tokens: tuple[int, ...], params: SamplingParams, max_tokens: int | None, stop: str | Sequence[str] | None
+    ) -> Stream:
+        room = self.model.n_ctx - len(tokens)
+        if room < 1:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the context {self.model.n_ctx}")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        n_predict = room if max_tokens is None or max_tokens < 1 else max_tokens
+        return self.engine.submit(Request(prompt=tokens, sampling=params, n_predict=n_predict, stop=stop))
+
+    @staticmethod
+    def _events(answer: Stream) -> Iterator[Token | Done]:
+        """The stream's events; a reader that stops early cancels the request."""
+        try:
+            for event in answer:
+                if isinstance(event, Done) and event.error:
+                    raise RuntimeError(event.error)
+                yield event
+        finally:
+            answer.cancel()
+
+    @classmethod
+    def _finished(cls, answer: Stream) -> tuple[str, list[Sample], Done]:
+        try:
+            text, samples, done = answer.result()
+        except BaseException:  # KeyboardInterrupt above all: the engine should not go on for nobody
+            answer.cancel()
+            raise
+        if done.error:
+            raise RuntimeError(done.error)
+        return text, samples, done
+
+    def _text_of(self, token: int) -> str:
+        return self.model.tokenizer.token_bytes(token, special=True).decode("utf-8", "replace")
+
+    def _logprobs(self, samples: Sequence[Sample], offset: int) -> dict[str, Any]:
+        """OpenAI's ``logprobs`` object of text completions."""
+        texts = [self._text_of(sample.token) for sample in samples]
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "text_offset": offsets,
+            "token_logprobs": [sample.logprob for sample in samples],
+            "top_logprobs": [
+                {self._text_of(token): logprob for token, logprob in sample.top_logprobs} for sample in samples
+            ],
+        }
+
+    def _chat_logprobs(self, samples: Sequence[Sample], n_top: int) -> dict[str, Any]:
+        """OpenAI's ``logprobs`` object of chat completions."""
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            raw = self.model.tokenizer.token_bytes(token, special=True)
+            return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+
+        return {
+            "content": [
+                {
+                    **entry(sample.token, sample.logprob),
+                    "top_logprobs": [entry(token, logprob) for token, logprob in sample.top_logprobs[:n_top]],
+                }
+                for sample in samples
+            ]
+        }
+
+
+def _or_none(token: int | None) -> int:
+    return -1 if token is None else token
+
+
+def _base(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"{prefix}-{uuid.uuid4()}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _finish_reason(done: Done) -> str:
+    return "length" if done.reason == "limit" else "stop"
+
+
+def _usage(done: Done) -> dict[str, int]:
+    return {
+        "prompt_tokens": done.n_prompt,
+        "completion_tokens": done.n_predicted,
+        "total_tokens": done.n_prompt + done.n_predicted,
+    }
