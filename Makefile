@@ -1,0 +1,70 @@
+# make setup       .venv, the core library, the default model
+# make serve       the same, then the server        (ARGS="-c 4096 -np 4" …)
+# make test        the same, then the tests         (ARGS="-k tokenizer" …)
+# make lint        ruff
+# make sanitize    the tests that reach the core, under AddressSanitizer and UBSan
+# make fuzz        10,000 damaged model files, under both sanitizers
+# make clean       removes .venv and the builds; fetched models stay in the user's cache
+
+PYTHON ?= python3
+ARGS ?=
+SANITIZE_CC ?= gcc
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt $(wildcard c_core/include/*.h c_core/src/*.[ch] c_core/src/cpu/*.[ch])
+
+.PHONY: setup serve test lint sanitize fuzz clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed build/.built
+	@$(BIN)/python -c "from pyllama import pull; print('default model:', pull.path_of())"
+
+serve: setup
+	$(BIN)/python server.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+# The package is installed in place, without its library, which the next rule builds.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: $(PYTHON) is missing or older than 3.10; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	    $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	    echo "make: $(PYTHON) cannot make virtual environments (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "cmake>=3.20" ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings=wheel.cmake=false \
+	    --config-settings=editable.mode=inplace --editable ".[test]"
+	@touch $@
+
+build/.built: $(VENV)/.installed $(SOURCES)
+	@command -v $${CC:-cc} >/dev/null || { echo "make: no C compiler (Debian, Ubuntu: apt install gcc libc6-dev)" >&2; exit 1; }
+	@test -f build/CMakeCache.txt || \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null
+	$(BIN)/cmake --build build --parallel
+	@touch $@
+
+build-asan/.built: $(VENV)/.installed $(SOURCES)
+	@test -f build-asan/CMakeCache.txt || PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B build-asan -G Ninja \
+	    -DCMAKE_C_COMPILER=$(SANITIZE_CC) -DCMAKE_BUILD_TYPE=Debug -DPYLLAMA_SANITIZE=address,undefined >/dev/null
+	$(BIN)/cmake --build build-asan --parallel
+	@touch $@
+
+# Leaks are not looked for: Python itself keeps memory until its end.
+UNDER_SANITIZERS = PYLLAMA_CORE=$(CURDIR)/build-asan/libpyllama_core.so LD_PRELOAD=$$($(SANITIZE_CC) -print-file-name=libasan.so) \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
+CORE_TESTS = $(wildcard $(patsubst %,tests/test_%.py,formats products models graph gguf tokenizer grammar sampling fuzz))
+
+sanitize: setup build-asan/.built
+	$(UNDER_SANITIZERS) $(BIN)/python -m pytest -p no:cacheprovider $(CORE_TESTS) $(ARGS)
+
+fuzz: setup build-asan/.built
+	$(UNDER_SANITIZERS) $(BIN)/python -m tests.fuzz_gguf --cases 10000 --processes 2 $(ARGS)
+
+clean:
+	rm -rf $(VENV) build build-asan dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
