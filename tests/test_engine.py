@@ -1,0 +1,293 @@
+"""The engine over a fake model: equality with one-by-one, sharing, preemption, shifts, stop strings, cancellation, errors."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+
+from pyllama.engine import Done, Engine, EngineClosed, Request, Stream
+from pyllama.sampling import SamplingParams
+from tests.fake_model import FakeModel
+
+GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0)
+
+
+def request(prompt: list[int], n_predict: int = 20, **options) -> Request:
+    options.setdefault("sampling", GREEDY)
+    return Request(prompt=tuple(prompt), n_predict=n_predict, **options)
+
+
+def tokens_of(stream: Stream) -> tuple[list[int], Done]:
+    _, samples, done = stream.result()
+    return [sample.token for sample in samples], done
+
+
+def prompt_of(n: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(97, 123), k=n)
+
+
+@pytest.fixture
+def engine():
+    with Engine(FakeModel(), n_slots=4) as engine:
+        yield engine
+        assert engine._cache.n_available == engine.model.n_blocks
+        engine._cache.check()
+
+
+def test_one_request(engine: Engine) -> None:
+    prompt = prompt_of(10)
+    tokens, done = tokens_of(engine.submit(request(prompt)))
+    assert tokens == engine.model.greedy(prompt, 20)
+    assert done.n_prompt == 10
+    assert done.n_predicted == len(tokens)
+    assert done.timings.prompt_n == 10
+    assert done.reason == ("limit" if len(tokens) == 20 else "eos")
+    assert not done.truncated
+
+
+def test_many_at_once_give_the_same_as_one_by_one(engine: Engine) -> None:
+    prompts = [prompt_of(1 + 5 * i % 40, i) for i in range(16)]
+    streams = [engine.submit(request(prompt)) for prompt in prompts]
+    for prompt, stream in zip(prompts, streams, strict=True):
+        assert tokens_of(stream)[0] == engine.model.greedy(prompt, 20)
+
+
+def test_a_shared_prefix_is_evaluated_once(engine: Engine) -> None:
+    start = prompt_of(70)
+    tokens_of(engine.submit(request(start, 1)))
+    prompt = start[:67] + prompt_of(5, 9)
+    tokens, done = tokens_of(engine.submit(request(prompt)))
+    assert done.timings.prompt_n == 5
+    assert done.n_reused == 67
+    assert tokens == engine.model.greedy(prompt, 20)
+    _, done = tokens_of(engine.submit(request(prompt, 1)))
+    assert done.timings.prompt_n == 1
+    tokens, done = tokens_of(engine.submit(request(prompt, cache_prompt=False)))
+    assert done.timings.prompt_n == 72
+    assert tokens == engine.model.greedy(prompt, 20)
+
+
+def test_an_answer_is_a_prefix_too(engine: Engine) -> None:
+    prompt = prompt_of(40)
+    tokens, _ = tokens_of(engine.submit(request(prompt)))
+    _, done = tokens_of(engine.submit(request(prompt + tokens + prompt_of(3, 5), 1)))
+    assert done.timings.prompt_n == 4  # the last token of the answer was never evaluated
+
+
+def test_a_pool_too_small_for_all_preempts_and_loses_nothing() -> None:
+    model = FakeModel(n_ctx=96, n_batch=32)
+    with Engine(model, n_slots=4) as engine:
+        prompts = [prompt_of(20 + i, i) for i in range(8)]
+        streams = [engine.submit(request(prompt, 40)) for prompt in prompts]
+        for prompt, stream in zip(prompts, streams, strict=True):
+            assert tokens_of(stream)[0] == model.greedy(prompt, 40)
+        engine._cache.check()
+
+
+def test_random_mixes_on_a_tiny_pool() -> None:
+    for seed in range(6):
+        rng = random.Random(seed)
+        model = FakeModel(n_ctx=rng.choice([96, 160, 256]), n_batch=rng.choice([8, 32, 64]))
+        with Engine(model, n_slots=rng.choice([1, 3, 4]), continuous=rng.random() < 0.8) as engine:
+            stems = [prompt_of(rng.randrange(1, 60), i) for i in range(3)]
+            jobs = []
+            for i in range(20):
+                prompt = rng.choice(stems)[: rng.randrange(1, 60)] + prompt_of(rng.randrange(1, 10), 100 + i)
+                n = rng.randrange(1, 25)
+                stream = engine.submit(request(prompt, n, cache_prompt=rng.random() < 0.8))
+                if rng.random() < 0.15:
+                    stream.cancel()
+                jobs.append((prompt, n, stream))
+                if rng.random() < 0.3:
+                    time.sleep(0.002)
+            for prompt, n, stream in jobs:
+                tokens, done = tokens_of(stream)
+                expected = model.greedy(prompt, n)
+                if stream.cancelled:
+                    assert tokens == expected[: len(tokens)]
+                else:
+                    assert tokens == expected
+                    assert done.reason in ("eos", "limit")
+            engine._cache.check()
+            assert engine._cache.n_available == model.n_blocks
+
+
+def test_a_full_context_is_shifted() -> None:
+    model = FakeModel(n_ctx=64)
+    with Engine(model, n_slots=1) as engine:
+        prompt = prompt_of(20)
+        ignore = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
+        tokens, done = tokens_of(engine.submit(request(prompt, 500, n_keep=10, sampling=ignore)))
+        assert len(tokens) == 500
+        assert done.truncated
+        history, generated = list(prompt), []
+        while len(generated) < 500:
+            if len(history) > 64:  # 64 evaluated: 27 of the 54 after the kept ones go
+                del history[10:37]
+            logits = model._logits(history)
+            logits[299] = -1e9
+            generated.append(int(logits.argmax()))
+            history.append(generated[-1])
+        assert tokens == generated
+        engine._cache.check()
+        again, _ = tokens_of(engine.submit(request(prompt, 5, sampling=ignore)))
+        assert again == generated[:5]
+
+
+def test_a_shift_beside_others_that_share_its_blocks() -> None:
+    model = FakeModel(n_ctx=192, n_batch=64)
+    ignore = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
+    with Engine(model, n_slots=2) as engine:
+        prompt = prompt_of(70)
+        long = engine.submit(request(prompt, 400, n_keep=5, sampling=ignore))
+        for i in range(10):
+            other = prompt[:66] + prompt_of(4, i)
+            assert tokens_of(engine.submit(request(other, 10)))[0] == model.greedy(other, 10)
+        tokens, done = tokens_of(long)
+        assert len(tokens) == 400
+        assert done.truncated
+        engine._cache.check()
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_ends() -> None:
+    model = FakeModel(n_ctx=64)
+    with Engine(model, n_slots=1) as engine:
+        prompt = prompt_of(300)
+        tokens, done = tokens_of(engine.submit(request(prompt, 3, n_keep=8)))
+        assert done.truncated
+        assert done.n_prompt == 300
+        assert done.timings.prompt_n < 64
+        kept = prompt[:8] + prompt[300 - (done.timings.prompt_n - 8) :]
+        assert tokens == model.greedy(kept, 3)
+
+
+def test_no_prediction_evaluates_the_prompt(engine: Engine) -> None:
+    prompt = prompt_of(40)
+    tokens, done = tokens_of(engine.submit(request(prompt, 0)))
+    assert tokens == []
+    assert done.reason == "limit"
+    _, done = tokens_of(engine.submit(request(prompt, 1)))
+    assert done.timings.prompt_n == 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_stop_strings(engine: Engine, length: int) -> None:
+    prompt = prompt_of(12, length)
+    text, _, _ = engine.submit(request(prompt, 40)).result()
+    word = text[5 : 5 + length]
+    expected = text[: text.find(word)]
+    stream = engine.submit(request(prompt, 40, stop=(word, "never in it")))
+    pieces = [event.text for event in stream if not isinstance(event, Done)]
+    assert "".join(pieces) == expected
+    _, _, done = engine.submit(request(prompt, 40, stop=(word,))).result()
+    assert (done.reason, done.stopping_word) == ("word", word)
+
+
+def test_text_held_for_a_stop_string_comes_in_the_end(engine: Engine) -> None:
+    prompt = prompt_of(12)
+    text, _, _ = engine.submit(request(prompt, 15)).result()
+    for n in range(1, 6):
+        held, samples, done = engine.submit(request(prompt, 15, stop=(text[-n:] + "!",))).result()
+        assert held == text
+        assert len(samples) == done.n_predicted
+
+
+def test_characters_are_never_split() -> None:
+    model = FakeModel(ascii_only=False)
+    with Engine(model, n_slots=1) as engine:
+        for seed in range(5):
+            prompt = prompt_of(5, seed)
+            tokens = model.greedy(prompt, 60)
+            expected = b"".join(model.tokenizer.token_bytes(token) for token in tokens).decode("utf-8", "replace")
+            text, samples, _ = engine.submit(request(prompt, 60)).result()
+            assert text == expected
+            assert [sample.token for sample in samples] == tokens
+
+
+def test_a_long_prompt_does_not_freeze_a_stream() -> None:
+    model = FakeModel(n_ctx=2048, n_batch=512)
+    model.seconds_per_token = 0.0005
+    with Engine(model, n_slots=2) as engine:
+        ignore = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
+        stream = engine.submit(request(prompt_of(3), 200, sampling=ignore))
+        for _ in range(20):
+            stream.get()
+        tokens_of(engine.submit(request(prompt_of(40, 1), 1)))  # so that the speed is known
+        long = engine.submit(request(prompt_of(1500, 2), 1))
+        tokens_of(long)
+        beside = [sum(batch) for batch in model.batches if len(batch) == 2]
+        assert beside
+        assert max(beside) <= 64
+
+
+def test_without_continuous_batching_a_prompt_waits() -> None:
+    model = FakeModel()
+    with Engine(model, n_slots=4, continuous=False) as engine:
+        first = engine.submit(request(prompt_of(5), 30))
+        first.get()
+        streams = [engine.submit(request(prompt_of(5, i), 10)) for i in (1, 2, 3)]
+        for i, stream in zip((1, 2, 3), streams, strict=True):
+            assert tokens_of(stream)[0] == model.greedy(prompt_of(5, i), 10)
+        lengths = [len(batch) for batch in model.batches]
+        assert lengths[:25] == [1] * 25
+        assert 3 in lengths
+
+
+def test_slots(engine: Engine) -> None:
+    streams = [engine.submit(request(prompt_of(5, i), 5, slot_id=2)) for i in range(3)]
+    assert [tokens_of(stream)[1].slot_id for stream in streams] == [2, 2, 2]
+    with pytest.raises(ValueError, match="slot 4 does not exist"):
+        engine.submit(request([97], slot_id=4))
+
+
+def test_cancelling_frees_the_slot(engine: Engine) -> None:
+    engine.model.seconds_per_token = 0.001
+    ignore = SamplingParams(temperature=0.0, ignore_eos=True)
+    streams = [engine.submit(request(prompt_of(5, i), -1, sampling=ignore)) for i in range(6)]
+    for stream in streams[:4]:
+        stream.get()
+    for stream in streams:
+        stream.cancel()
+    for stream in streams:
+        assert tokens_of(stream)[1].reason == "cancelled"
+    assert engine.n_running == engine.n_waiting == 0
+
+
+def test_a_failing_step_ends_its_requests_only(engine: Engine) -> None:
+    engine.model.fail_on = 200
+    _, done = tokens_of(engine.submit(request([97, 200, 98])))
+    assert done.reason == "error"
+    assert "the model failed" in done.error
+    assert tokens_of(engine.submit(request(prompt_of(5))))[0] == engine.model.greedy(prompt_of(5), 20)
+
+
+def test_bad_requests_are_refused(engine: Engine) -> None:
+    for prompt, message in (([], "empty"), ([300], "not in the vocabulary"), ([-1], "not in the vocabulary")):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(request(prompt))
+    with pytest.raises(ValueError, match="grammar"):
+        engine.submit(request([97], sampling=SamplingParams(grammar="root ::= (")))
+
+
+def test_embeddings(engine: Engine) -> None:
+    prompt = prompt_of(100)
+    generating = engine.submit(request(prompt_of(5), 20))
+    _, _, done = engine.submit(request(prompt, embedding=True)).result()
+    assert done.embedding.tolist() == engine.model._logits(prompt)[:4].tolist()
+    assert tokens_of(generating)[0] == engine.model.greedy(prompt_of(5), 20)
+
+
+def test_closing_ends_everything() -> None:
+    model = FakeModel()
+    model.seconds_per_token = 0.001
+    engine = Engine(model, n_slots=1)
+    streams = [engine.submit(request(prompt_of(5), -1, sampling=SamplingParams(ignore_eos=True))) for _ in range(3)]
+    streams[0].get()
+    engine.close()
+    assert all(tokens_of(stream)[1].reason == "cancelled" for stream in streams)
+    with pytest.raises(EngineClosed):
+        engine.submit(request([97]))
+    assert not any(thread.name == "pyllama-engine" for thread in threading.enumerate())
