@@ -1,0 +1,137 @@
+"""The program: reads the flags, listens, loads the model while the first clients are told to wait, and serves until a signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyllama import __version__, models, pull
+from pyllama.core import CoreError
+from pyllama.engine import Engine
+from pyllama.server import flags
+from pyllama.server.app import create_app
+from pyllama.server.http import Server
+from pyllama.server.log import log, log_request, progress_line, set_up
+from pyllama.server.service import Defaults, Service
+
+__all__ = ["Program", "main"]
+
+_QUICK_REQUESTS = 8
+"""Threads beyond those that may wait for the model, so that e.g. /health is always answered."""
+_LOAD_ERRORS = (OSError, ValueError, CoreError, pull.PullError, MemoryError)
+
+
+class Program:
+    """A server with its model.
+
+    Raises:
+        OSError: it is not possible to listen where the settings say, or the system prompt's file cannot be read.
+        ValueError: the system prompt's file is not as it should be.
+    """
+
+    def __init__(self, settings: flags.Settings) -> None:
+        self.settings = settings
+        self.service = Service(
+            Defaults(
+                name=settings.alias or str(settings.model or pull.DEFAULT),
+                n_predict=settings.n_predict,
+                seed=settings.seed,
+                embedding=settings.embedding,
+                api_key=settings.api_key or "",
+                queue=settings.queue,
+            )
+        )
+        if settings.system_prompt_file is not None:
+            self.service.set_system_prompt(_read_object(settings.system_prompt_file))
+        self.server = Server(
+            create_app(self.service, settings.path),
+            settings.host,
+            settings.port,
+            n_threads=settings.parallel + settings.queue + _QUICK_REQUESTS,
+            timeout=settings.timeout,
+            on_request=log_request,
+        )
+        self._engine: Engine | None = None
+        self._failed = False
+
+    def run(self) -> int:
+        """Serves until :meth:`stop`; returns the exit status."""
+        threading.Thread(target=self._load, name="pyllama-load", daemon=True).start()
+        for host, port in self.server.addresses:
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        self.server.run(on_stop=self.service.stop)
+        if self._engine is not None:
+            self._engine.close()
+        return 1 if self._failed else 0
+
+    def stop(self) -> None:
+        """Makes :meth:`run` return within seconds. Any thread and any signal handler may call this."""
+        self.server.stop()
+
+    def _load(self) -> None:
+        s = self.settings
+        try:
+            path = s.model or pull.path_of()
+            log.info("loading %s", path)
+            model = models.load(
+                path,
+                n_ctx=s.ctx_size,
+                n_threads=s.threads,
+                n_threads_batch=s.threads_batch,
+                n_batch=s.batch_size,
+                max_sequences=s.parallel,
+                kv_type="f32" if s.memory_f32 else "f16",
+                mmap=not s.no_mmap,
+                mlock=s.mlock,
+                progress=progress_line(path.name),
+            )
+            self._engine = Engine(model, s.parallel, continuous=s.cont_batching)
+            self.service.start(self._engine, chat_template=s.chat_template)
+        except _LOAD_ERRORS as error:
+            self._fail(f"the model cannot be loaded: {error or type(error).__name__}")
+        except BaseException:
+            self._fail("the model cannot be loaded")
+            raise
+        else:
+            log.info("%s is ready: %s, %d tokens of context, %d slots", model.name, model.architecture, model.n_ctx, s.parallel)
+
+    def _fail(self, message: str) -> None:
+        log.error("%s", message)
+        self._failed = True
+        self.stop()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "server.py") -> int:
+    """The command; returns the exit status."""
+    settings = flags.parse(argv, prog=prog)
+    set_up(as_json=settings.log_format == "json", verbose=settings.verbose)
+    log.info("pyllama %s", __version__)
+    for line in settings.without_effect:
+        log.warning("%s", line)
+    try:
+        program = Program(settings)
+    except (OSError, ValueError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+
+    def stop(_signal: int, _frame: object) -> None:
+        program.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return program.run()
