@@ -100,6 +100,8 @@ class Stream:
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.request = request
+        self.slot_id = request.slot_id
+        """The slot in which it runs; known when the first :class:`Token` comes."""
         self.cancelled = False
         self._engine = engine
         self._events: queue.SimpleQueue[Token | Done] = queue.SimpleQueue()
@@ -390,6 +392,7 @@ class Engine:
         request = job.stream.request
         if not sequence.generating:
             sequence.generating = True
+            job.stream.slot_id = sequence.slot
             job.first_token = time.perf_counter()
         if request.n_predict == 0:
             self._end(sequence, "limit")
