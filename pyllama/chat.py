@@ -59,12 +59,16 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template cannot be compiled: {error}") from None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
-        """The template that a model brings, or ChatML."""
+    def of(cls, tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
+        """The template ``source``, or else the one that a model brings, or else ChatML, for a model's BOS and EOS.
+
+        Raises:
+            ChatTemplateError: that is no template.
+        """
         bos_text, eos_text = (
             "" if token is None else tokenizer.token_text(token) for token in (tokenizer.bos_id, tokenizer.eos_id)
         )
-        return cls(tokenizer.chat_template, bos_text, eos_text)
+        return cls(tokenizer.chat_template if source is None else source, bos_text, eos_text)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any

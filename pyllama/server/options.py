@@ -1,0 +1,153 @@
+"""The options of /completion, which OpenAI's endpoints understand as well: from JSON to a request for the engine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pyllama.engine import Request
+from pyllama.sampling import RANDOM_SEED, SamplingParams
+from pyllama.server.errors import ApiError
+from pyllama.server.fields import Fields, as_integer, as_number, describe
+from pyllama.server.service import Service
+from pyllama.tokenizer import Tokenizer
+
+__all__ = ["generation_settings", "read_prompt", "read_request", "read_sampling"]
+
+MAX_PROBS = 1000
+"""Candidates that are reported with a token; they are kept until the answer is sent."""
+
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "tfs_z", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
+    "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
+_INTEGERS = ("top_k", "repeat_last_n", "mirostat")
+_BOOLEANS = ("penalize_nl", "ignore_eos")
+
+
+def read_request(fields: Fields, service: Service, prompt: tuple[int, ...], **sampling: Any) -> Request:
+    """A request for the engine. ``sampling`` replaces what the fields say of it."""
+    if fields.array("image_data", []):
+        raise ApiError(501, "image_data needs a model that sees images; this one does not")
+    return Request(
+        prompt=prompt,
+        sampling=read_sampling(fields, service, **sampling),
+        n_predict=fields.integer("n_predict", service.defaults.n_predict, low=-1),
+        n_keep=fields.integer("n_keep", 0, low=-1),
+        stop=fields.strings("stop"),
+        cache_prompt=fields.boolean("cache_prompt", True),
+        slot_id=fields.integer("slot_id", -1, low=-1),
+    )
+
+
+def read_sampling(fields: Fields, service: Service, **replaced: Any) -> SamplingParams:
+    """How to sample. ``replaced`` has precedence over the fields."""
+    values: dict[str, Any] = {name: fields.number(name) for name in _NUMBERS}
+    values |= {name: fields.integer(name) for name in _INTEGERS}
+    values["seed"] = fields.integer("seed", service.defaults.seed)
+    values["n_probs"] = fields.integer("n_probs", 0, low=0, high=MAX_PROBS)
+    values |= {name: fields.boolean(name) for name in _BOOLEANS}
+    values["grammar"] = fields.string("grammar")
+    values["logit_bias"] = _read_logit_bias(fields)
+    values["penalty_prompt"] = _read_penalty_prompt(fields, service.model.tokenizer)
+    values |= replaced
+    try:
+        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    except ValueError as error:
+        raise ApiError(400, str(error)) from None
+
+
+def _read_logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
+    """``[[token, bias], …]``, or OpenAI's ``{"token": bias}``; false for a bias bans the token."""
+    value = fields.get("logit_bias")
+    if value is None:
+        return ()
+    if isinstance(value, dict):
+        pairs: list[Any] = [
+            [int(token) if token.isascii() and token.isdigit() else token, bias] for token, bias in value.items()
+        ]
+    else:
+        pairs = fields.array("logit_bias", [])
+    biases = []
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2:
+            fields.fail(f"logit_bias[{i}]", "must be a pair of a token and a bias")
+        token, bias = as_integer(pair[0]), -math.inf if pair[1] is False else as_number(pair[1])
+        if token is None:
+            fields.fail(f"logit_bias[{i}]", f"must begin with a token (an integer), not {describe(pair[0])}")
+        if bias is None:
+            fields.fail(f"logit_bias[{i}]", f"must end with a number or false, not {describe(pair[1])}")
+        biases.append((token, bias))
+    return tuple(biases)
+
+
+def _read_penalty_prompt(fields: Fields, tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    value = fields.get("penalty_prompt")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return tuple(tokenizer.encode(value))
+    if not isinstance(value, list):
+        fields.fail("penalty_prompt", "must be a string or an array of tokens")
+    return fields.tokens("penalty_prompt", tokenizer.n_vocab)
+
+
+def read_prompt(fields: Fields, service: Service, name: str = "prompt") -> tuple[int, ...]:
+    """A prompt that is a string, or an array of strings and tokens that follow one another.
+
+    BOS comes first where the model wants one, unless the array begins with a token.
+    """
+    value = fields.require(name)
+    if not isinstance(value, (str, list)):
+        fields.fail(name, f"must be a string or an array of strings and tokens, not {describe(value)}")
+    return join_prompt(fields, service, value if isinstance(value, list) else [value], name)
+
+
+def join_prompt(fields: Fields, service: Service, parts: list[Any], name: str) -> tuple[int, ...]:
+    """The tokens of a prompt's parts, called ``name``, after those of the system prompt."""
+    tokenizer = service.model.tokenizer
+    tokens = service.system_tokens()
+    for i, part in enumerate(parts):
+        if isinstance(part, str):
+            tokens += tokenizer.encode(part, add_special=i == 0 and not tokens)
+        else:
+            tokens.append(fields.token(f"{name}[{i}]", part, tokenizer.n_vocab))
+    if not tokens:
+        # Models without BOS begin a text after the end of another.
+        first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if first is None:
+            fields.fail(name, "is empty")
+        tokens.append(first)
+    return tuple(tokens)
+
+
+def generation_settings(service: Service, request: Request, *, stream: bool) -> dict[str, Any]:
+    """The options of a request as answers repeat them."""
+    sampling = request.sampling
+    return {
+        "frequency_penalty": sampling.frequency_penalty,
+        "grammar": sampling.grammar,
+        "ignore_eos": sampling.ignore_eos,
+        "logit_bias": [[token, False if bias == -math.inf else bias] for token, bias in sampling.logit_bias],
+        "min_p": sampling.min_p,
+        "mirostat": sampling.mirostat,
+        "mirostat_eta": sampling.mirostat_eta,
+        "mirostat_tau": sampling.mirostat_tau,
+        "model": service.defaults.name,
+        "n_ctx": service.model.n_ctx,
+        "n_keep": request.n_keep,
+        "n_predict": request.n_predict,
+        "n_probs": sampling.n_probs,
+        "penalize_nl": sampling.penalize_nl,
+        "presence_penalty": sampling.presence_penalty,
+        "repeat_last_n": sampling.repeat_last_n,
+        "repeat_penalty": sampling.repeat_penalty,
+        "seed": sampling.seed & RANDOM_SEED,
+        "stop": list(request.stop),
+        "stream": stream,
+        "temp": sampling.temperature,
+        "tfs_z": sampling.tfs_z,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "typical_p": sampling.typical_p,
+    }

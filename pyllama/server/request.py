@@ -1,0 +1,34 @@
+"""What handlers want to know of the request that is being answered in this thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bottle import request
+
+from pyllama.server.fields import Fields, parse_json
+from pyllama.server.http import NOTES
+from pyllama.server.service import Service
+
+__all__ = ["client_is_gone", "json_fields", "notes"]
+
+
+def json_fields(service: Service) -> Fields:
+    """The request's JSON, whatever content type it claims.
+
+    Raises:
+        ApiError: 503 without a model, 400 for what is no JSON object.
+    """
+    service.engine  # noqa: B018 - refuses while there is no model
+    return parse_json(request.body.read())
+
+
+def client_is_gone() -> Callable[[], bool]:
+    """Tells whether the client has closed its connection, also when the handler has returned."""
+    return request.environ["waitress.client_disconnected"]
+
+
+def notes() -> dict[str, Any]:
+    """What a handler puts here stands in the log line of its request."""
+    return request.environ[NOTES]
