@@ -126,7 +126,13 @@ def _log_format(text: str) -> str:
 _NO_GPU = "pyllama was built without a GPU back end"
 
 FLAGS = (
-    Flag(("-t", "--threads"), "LLAMA_ARG_THREADS", "threads for generation (default: one per core)", None, _integer(1, 1024)),
+    Flag(
+        ("-t", "--threads"),
+        "LLAMA_ARG_THREADS",
+        "threads for generation (default: one per core)",
+        None,
+        _integer(1, 1024),
+    ),
     Flag(
         ("-tb", "--threads-batch"),
         "LLAMA_ARG_THREADS_BATCH",
@@ -178,12 +184,27 @@ FLAGS = (
     Flag(("-to", "--timeout"), "LLAMA_ARG_TIMEOUT", "seconds without reading or writing", 600, _seconds),
     Flag(("--host",), "LLAMA_ARG_HOST", "address to listen on", "127.0.0.1", str, "HOST"),
     Flag(("--port",), "LLAMA_ARG_PORT", "port to listen on", 8080, _integer(0, 65535), "PORT"),
-    Flag(("--path",), "LLAMA_ARG_STATIC_PATH", "directory of pages that come before the built-in ones", None, _directory, "DIR"),
+    Flag(
+        ("--path",),
+        "LLAMA_ARG_STATIC_PATH",
+        "directory of pages that come before the built-in ones",
+        None,
+        _directory,
+        "DIR",
+    ),
     Flag(("--api-key",), "LLAMA_API_KEY", "key that POST requests must bring", None, str, "KEY"),
-    Flag(("--queue",), "LLAMA_ARG_QUEUE", "requests that may wait for a slot; more are answered 429", 64, _integer(0, 1024)),
+    Flag(
+        ("--queue",),
+        "LLAMA_ARG_QUEUE",
+        "requests that may wait for a slot; more are answered 429",
+        64,
+        _integer(0, 1024),
+    ),
     Flag(("--log-format",), "LLAMA_ARG_LOG_FORMAT", "text or json", "text", _log_format, "FORMAT"),
     Flag(("-v", "--verbose"), "LLAMA_ARG_VERBOSE", "log more", False, bool),
-    Flag(("-ngl", "--n-gpu-layers"), "LLAMA_ARG_N_GPU_LAYERS", "layers on the GPU", None, _integer(-1), missing=_NO_GPU),
+    Flag(
+        ("-ngl", "--n-gpu-layers"), "LLAMA_ARG_N_GPU_LAYERS", "layers on the GPU", None, _integer(-1), missing=_NO_GPU
+    ),
     Flag(("-mg", "--main-gpu"), "LLAMA_ARG_MAIN_GPU", "GPU for small tensors", None, _integer(0), missing=_NO_GPU),
     Flag(
         ("-ts", "--tensor-split"),
@@ -194,14 +215,31 @@ FLAGS = (
         "SPLIT",
         missing=_NO_GPU,
     ),
-    Flag(("--numa",), "LLAMA_ARG_NUMA", "place memory for NUMA machines", False, bool, missing="placement is not built yet"),
+    Flag(
+        ("--numa",),
+        "LLAMA_ARG_NUMA",
+        "place memory for NUMA machines",
+        False,
+        bool,
+        missing="placement is not built yet",
+    ),
     Flag(("--lora",), "LLAMA_ARG_LORA", "LoRA adapter", None, Path, "FNAME", missing="adapters are not built yet"),
     Flag(("--lora-base",), "LLAMA_ARG_LORA_BASE", "base of the adapter", None, Path, "FNAME", missing="see --lora"),
-    Flag(("--mmproj",), "LLAMA_ARG_MMPROJ", "projector for images", None, Path, "FILE", missing="images are not built yet"),
+    Flag(
+        ("--mmproj",),
+        "LLAMA_ARG_MMPROJ",
+        "projector for images",
+        None,
+        Path,
+        "FILE",
+        missing="images are not built yet",
+    ),
 )
 
 
-def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ, prog: str = "server.py") -> Settings:
+def parse(
+    argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ, prog: str = "server.py"
+) -> Settings:
     """Settings from the command line; where a flag is not given, from its environment variable; else its default.
 
     Prints a message and raises ``SystemExit`` when something is wrong, or for ``--help`` and ``--version``.

@@ -98,7 +98,13 @@ class Program:
             self._fail("the model cannot be loaded")
             raise
         else:
-            log.info("%s is ready: %s, %d tokens of context, %d slots", model.name, model.architecture, model.n_ctx, s.parallel)
+            log.info(
+                "%s is ready: %s, %d tokens of context, %d slots",
+                model.name,
+                model.architecture,
+                model.n_ctx,
+                s.parallel,
+            )
 
     def _fail(self, message: str) -> None:
         log.error("%s", message)
