@@ -246,18 +246,22 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         const float scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b))) / 127.0f;
         const __m512 inverse = _mm512_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
         const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-        const float sum_a = scale * (float)_mm512_reduce_add_epi32(qa), sum_b = scale * (float)_mm512_reduce_add_epi32(qb);
+        const __m128i bytes_a = _mm512_cvtsepi32_epi8(qa), bytes_b = _mm512_cvtsepi32_epi8(qb), ones = _mm_set1_epi8(1);
+        __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), ones, bytes_a),
+                                      _mm_dpbusd_epi32(_mm_setzero_si128(), ones, bytes_b));
+        sums = _mm_hadd_epi32(sums, sums);
+        const int32_t sum_a = _mm_cvtsi128_si32(sums), sum_b = _mm_extract_epi32(sums, 1);
         _Alignas(16) int32_t fours[8];
-        _mm_store_si128((__m128i *)fours, _mm512_cvtsepi32_epi8(qa));
-        _mm_store_si128((__m128i *)(fours + 4), _mm512_cvtsepi32_epi8(qb));
+        _mm_store_si128((__m128i *)fours, bytes_a);
+        _mm_store_si128((__m128i *)(fours + 4), bytes_b);
         int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + lane;
         for (int i = 0; i < 8; i++) {
             to[i * lanes] = fours[i];
         }
         d[g * lanes + lane] = scale;
-        sum32[g * lanes + lane] = scale * (float)(_mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb)));
-        sum16[2 * g * lanes + lane] = sum_a;
-        sum16[(2 * g + 1) * lanes + lane] = sum_b;
+        sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
+        sum16[2 * g * lanes + lane] = scale * (float)sum_a;
+        sum16[(2 * g + 1) * lanes + lane] = scale * (float)sum_b;
     }
 }
 
