@@ -9,13 +9,16 @@
 
 /* ---- arenas -------------------------------------------------------------------------------------------------------- */
 
+/* More than any machine has, and no more than there are addresses for. */
+static const int64_t most_bytes = (int64_t)PL_MIN((uint64_t)SIZE_MAX / 2, (uint64_t)1 << 46);
+
 struct pl_arena {
     uint8_t *base;
     size_t size, used;
 };
 
 PL_API pl_arena *pl_arena_new(int64_t bytes, pl_error *err) {
-    if (bytes < 1 || bytes > (int64_t)1 << 46) {
+    if (bytes < 1 || bytes > most_bytes) {
         pl_fail(err, "an arena of %lld bytes was asked for", (long long)bytes);
         return NULL;
     }
@@ -218,6 +221,9 @@ static int32_t describe(pl_weight *w, int32_t type, int64_t n_rows, int64_t n_co
     w->n_cols = n_cols;
     w->n_panels = (n_rows + PL_PANEL_ROWS - 1) / PL_PANEL_ROWS;
     lay_out(w);
+    if (w->n_panels * w->panel_bytes > most_bytes) {
+        return pl_fail(err, "a matrix of %lld rows of %lld columns does not fit into memory", (long long)n_rows, (long long)n_cols);
+    }
     return 0;
 }
 
