@@ -51,7 +51,7 @@ class Pyllama:
     def limits(self, work: dict[str, Any]) -> tuple[float, str]:
         from pyllama.bench import Costs, Workload, measure_machine
 
-        machine = measure_machine(self.model.pool, self.model.n_threads)
+        machine = measure_machine(self.model.pool, self.model.n_threads, seconds=0.5)
         return Costs.of(self.model).limit(machine, Workload(**work), self.model.n_batch)
 
 

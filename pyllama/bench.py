@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -46,7 +47,7 @@ class Machine:
     """int8 multiplications and additions in registers, in 10^9 operations a second."""
 
 
-def measure_machine(pool: ThreadPool, n_threads: int, seconds: float = _MEASURING_SECONDS) -> Machine:
+def measure_machine(pool: ThreadPool, n_threads: int, seconds: float) -> Machine:
     """Measures both limits, ``seconds`` each.
 
     Raises:
@@ -299,7 +300,7 @@ def bench(
     )
     workloads = [Workload(n_prompt=n_prompt, depth=depth)] if n_prompt else []
     workloads += [Workload(n_generate=n_generate, depth=depth, n_sequences=n_sequences)] if n_generate else []
-    before = measure_machine(model.pool, model.n_threads)
+    before = measure_machine(model.pool, model.n_threads, _MEASURING_SECONDS)
     measured = _Bench(model, positions, n_sequences)
     if depth:
         measured.fill(depth)
@@ -307,7 +308,7 @@ def bench(
     for work in workloads:
         measured.run(work)
         rates.append(tuple(_rate(measured.run, work) for _ in range(repetitions)))
-    after = measure_machine(model.pool, model.n_threads)
+    after = measure_machine(model.pool, model.n_threads, _MEASURING_SECONDS)
     # A limit is what the machine can do when nothing disturbs it: the better of both measurements.
     machine = Machine(
         before.cpu, before.n_threads, max(before.read_gbps, after.read_gbps), max(before.int8_gops, after.int8_gops)
@@ -363,4 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: see :func:`add_arguments`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    try:
+        return run(parser.parse_args(argv))
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,100 @@
+"""Measuring: what a step costs at least, and that the command reports it. No test looks at how fast anything was."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyllama import bench, models
+from pyllama.bench import Costs, Machine, Workload
+from tests import tiny_models
+
+MACHINE = Machine("some", 2, read_gbps=1.0, int8_gops=1.0)
+COSTS = Costs(weight_bytes=1000, layer_params=3000, output_params=500, kv_bytes=10.0, windows=(0, 4))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama.gguf"
+    tiny_models.make_llama(path, quant="Q8_0")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_measurement(monkeypatch):
+    monkeypatch.setattr(bench, "_BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "_MEASURING_SECONDS", 0.0)
+
+
+def test_a_step_s_least_times():
+    """Two sequences that see 3 and 7 tokens; the second layer sees 4 of them at most."""
+    by_memory, by_arithmetic = COSTS.seconds(MACHINE, 2, 2, [3, 7])
+    assert by_memory == pytest.approx(1e-9 * (1000 + 10 * (3 + 3 + 7 + 4)))
+    assert by_arithmetic == pytest.approx(1e-9 * 2 * (2 * 3000 + 2 * 500))
+
+
+def test_limits():
+    rate, bound = COSTS.limit(MACHINE, Workload(n_prompt=5), n_batch=2)
+    assert (rate, bound) == (pytest.approx(5 / (1e-9 * 2 * (5 * 3000 + 500))), "int8")
+    fast = Machine("some", 2, read_gbps=1.0, int8_gops=1e9)
+    rate, bound = COSTS.limit(fast, Workload(n_generate=2, depth=3, n_sequences=3), n_batch=512)
+    n_bytes = 1000 + 3 * 10 * (4 + 4) + 1000 + 3 * 10 * (5 + 4)
+    assert (rate, bound) == (pytest.approx(6 / (1e-9 * n_bytes)), "memory")
+
+
+@pytest.mark.parametrize("make", [tiny_models.make_llama, tiny_models.make_gemma3])
+def test_costs_of_a_model(make, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    make(path, n_embd=64, n_ff=128, quant="Q8_0")
+    model = models.load(path, n_ctx=64, kv_type="f32")
+    costs, hp = Costs.of(model), model.hp
+    heads = hp.n_head * hp.head_dim
+    assert costs.layer_params == hp.n_layer * (2 * 64 * heads + 2 * 64 * hp.n_head_kv * hp.head_dim + 3 * 64 * 128)
+    assert costs.output_params == 64 * hp.n_vocab
+    assert costs.weight_bytes == (costs.layer_params + costs.output_params) * 34 // 32
+    assert costs.kv_bytes == 2 * 4 * hp.n_head_kv * hp.head_dim
+    assert costs.windows == ((0, 0) if make is tiny_models.make_llama else (16, 16, 16, 16, 16, 0, 16))
+
+
+def test_report(llama):
+    report = bench.bench(
+        llama, n_threads=1, n_prompt=40, n_generate=3, depth=35, n_sequences=2, repetitions=2, n_batch=16
+    )
+    prompt, generation = report.results
+    assert prompt.work == Workload(n_prompt=40, depth=35)
+    assert generation.work == Workload(n_generate=3, depth=35, n_sequences=2)
+    for result in report.results:
+        assert len(result.rates) == 2
+        assert min(result.rates) <= result.rate <= max(result.rates)
+        assert result.fraction == result.rate / result.limit > 0
+    assert "2 sequences, generate 3 at depth 35" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["results"][0]["n_prompt"] == 40
+
+
+def test_command(llama, capsys, monkeypatch):
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench.py"
+    options = f"-m {llama} -t 2 -p 9 -n 2 -r 1 --memory-f32".split()
+    monkeypatch.setattr(sys, "argv", [str(script), *options, "--json"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(script), run_name="__main__")
+    assert exit.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [result["work"] for result in printed["results"]] == ["prompt 9", "generate 2"]
+    assert printed["machine"]["n_threads"] == 2
+    assert bench.main(options) == 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", ["-p 0 -n 0", "-p -1", "-r 0", "--sequences 0", "-d -5"])
+def test_impossible_numbers(llama, capsys, options):
+    assert bench.main(["-m", str(llama), *options.split()]) == 1
+    assert "error: there must be something to measure" in capsys.readouterr().err
+
+
+def test_a_missing_file(tmp_path, capsys):
+    assert bench.main(["-m", str(tmp_path / "none.gguf")]) == 1
+    assert "none.gguf" in capsys.readouterr().err
