@@ -81,8 +81,8 @@ class Done:
     stopping_word: str
     n_prompt: int
     """Tokens of the prompt."""
-    n_cached: int
-    """Tokens of prompt and answer whose keys and values are now known."""
+    n_past: int
+    """Tokens of prompt and answer that are in the context in the end."""
     n_reused: int
     """Tokens of the prompt that needed no evaluation."""
     n_predicted: int
@@ -416,7 +416,6 @@ class Engine:
     def _end(self, sequence: Sequence, reason: str, *, error: str | None = None, embedding: np.ndarray | None = None) -> None:
         job: _Job = sequence.owner
         ended = time.perf_counter()
-        n_cached = sequence.n_evaluated
         self._scheduler.remove(sequence)
         if reason != "word" and (rest := job.text.flush()) is not None:
             job.stream._events.put(rest)
@@ -425,7 +424,7 @@ class Engine:
                 reason=reason,
                 stopping_word=job.text.stopping_word,
                 n_prompt=job.n_prompt,
-                n_cached=n_cached,
+                n_past=len(sequence.tokens),
                 n_reused=sequence.n_reused,
                 n_predicted=job.n_predicted,
                 truncated=job.truncated or sequence.shifted,

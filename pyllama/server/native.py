@@ -108,7 +108,7 @@ def _result(done: Done, settings: dict[str, Any], prompt: object) -> dict[str, A
         "stopped_word": done.reason == "word",
         "stopping_word": done.stopping_word,
         "timings": _timings(done),
-        "tokens_cached": done.n_reused,
+        "tokens_cached": done.n_past,
         "tokens_evaluated": done.n_prompt,
         "tokens_predicted": done.n_predicted,
         "truncated": done.truncated,
