@@ -1,7 +1,7 @@
-r"""GBNF, the grammar notation of llama.cpp: from text to a compiled grammar, and matchers that follow it token by token.
+r"""GBNF, the grammar notation of llama.cpp: from text to a compiled grammar, and matchers that follow it by tokens.
 
-Here the text is read and turned, rule by rule, into a network of nodes (Thompson's construction: a node consumes a character,
-enters a rule, forks, or ends its rule). The core walks the network. Notation::
+Here the text is read and turned, rule by rule, into a network of nodes (Thompson's construction: a node consumes a
+character, enters a rule, forks, or ends its rule). The core walks the network. Notation::
 
     root  ::= "yes" | "no" (" because " word+)?     # a rule ends with its line
     word  ::= [a-z]{1,12} [^\n] . name              # classes, any character, other rules
@@ -14,6 +14,7 @@ This module knows nothing of requests or logits' meaning; tokens are bytes here.
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import weakref
@@ -47,7 +48,7 @@ class GrammarError(ValueError):
         super().__init__(f"grammar, line {self.line}, column {self.column}: {message}")
 
 
-# ---- the network ----------------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 
 class Fragment(NamedTuple):
@@ -98,7 +99,7 @@ class Network:
         """One part after the other."""
         if not parts:
             return self._fork()
-        for first, second in zip(parts, parts[1:], strict=False):
+        for first, second in itertools.pairwise(parts):
             self._then(first, second)
         return Fragment(parts[0].entry, parts[-1].exit)
 
@@ -188,7 +189,7 @@ def _complement(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return others
 
 
-# ---- reading the text -------------------------------------------------------------------------------------------------------
+# ---- reading the text ----------------------------------------------------------------------------
 
 _BLANKS = re.compile(r"(?:[ \t]+|#[^\r\n]*)*")
 _BLANKS_AND_LINES = re.compile(r"(?:[ \t\r\n]+|#[^\r\n]*)*")
@@ -201,7 +202,7 @@ _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
 
 @dataclass(slots=True)
 class _Group:
-    """What has been read of a group, or of a rule's body: finished alternatives, and the parts of the one being read."""
+    """What has been read of a group, or of a rule's body: finished alternatives, and parts of the one being read."""
 
     position: int
     alternatives: list[Fragment] = field(default_factory=list)
@@ -426,7 +427,7 @@ class _Reader:
         return low, int(match[3]) if match[3] else None
 
 
-# ---- the compiled grammar -------------------------------------------------------------------------------------------------
+# ---- the compiled grammar ------------------------------------------------------------------------
 
 
 class Grammar:
@@ -490,7 +491,7 @@ def _compiled(text: str, root: str) -> Grammar:
     return Grammar(text, root)
 
 
-# ---- following it -----------------------------------------------------------------------------------------------------------
+# ---- following it --------------------------------------------------------------------------------
 
 
 class _HasTokenTable(Protocol):

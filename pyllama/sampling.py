@@ -1,9 +1,9 @@
 """From logits to a token: parameters, the chain of sampling steps, and the state that a sequence keeps between tokens.
 
-The order of the steps and their arithmetic are those of llama.cpp's server of January 2024: logit bias, penalties, grammar,
-then greedy (temperature <= 0), mirostat, or top-k, tail-free, typical, top-p, min-p, temperature and a seeded draw. Steps
-that look at the whole vocabulary are helpers of the core; the others are NumPy on a few dozen candidates. This module knows
-nothing of models, batches or requests.
+The order of the steps and their arithmetic are those of llama.cpp's server of January 2024: logit bias, penalties,
+grammar, then greedy (temperature <= 0), mirostat, or top-k, tail-free, typical, top-p, min-p, temperature and a seeded
+draw. Steps that look at the whole vocabulary are helpers of the core; the others are NumPy on a few dozen candidates.
+This module knows nothing of models, batches or requests.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Vocabulary(Protocol):
     def token_table(self) -> tuple[bytes, np.ndarray]: ...
 
 
-# ---- parameters ---------------------------------------------------------------------------------------------------------
+# ---- parameters ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +165,7 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name} must be {wanted}, not {value}")
 
 
-# ---- candidates and the steps that thin them out ------------------------------------------------------------------------
+# ---- candidates and the steps that thin them out -------------------------------------------------
 
 
 class Candidates(NamedTuple):
@@ -320,7 +320,7 @@ def make_chain(params: SamplingParams, n_vocab: int) -> tuple[Select, list[Step]
     return select, [*steps, temperature(params.temperature)]
 
 
-# ---- choosing a token ---------------------------------------------------------------------------------------------------
+# ---- choosing a token ----------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
@@ -406,8 +406,8 @@ class Chain:
 
 
 class Mirostat:
-    """Mirostat (Basu et al. 2020, https://arxiv.org/abs/2007.14966): candidates are cut so that the surprise of what is drawn
-    stays near tau bits. `mu`, the bound on surprise, is corrected after every token."""
+    """Mirostat (Basu et al. 2020, https://arxiv.org/abs/2007.14966): candidates are cut so that the surprise of what is
+    drawn stays near tau bits. `mu`, the bound on surprise, is corrected after every token."""
 
     def __init__(self, params: SamplingParams, n_vocab: int, rng: random.Random) -> None:
         self._n_vocab = n_vocab
@@ -431,8 +431,8 @@ class Mirostat:
 
 
 class Mirostat1(Mirostat):
-    """Version 1: takes the distribution for Zipf's, estimates its exponent s from the 100 most likely tokens, and from s and
-    mu the k of a top-k."""
+    """Version 1: takes the distribution for Zipf's, estimates its exponent s from the 100 most likely tokens, and from
+    s and mu the k of a top-k."""
 
     def candidates(self, logits: np.ndarray) -> Candidates:
         best = self._select(lib.pl_top_k, logits, 100)
@@ -473,7 +473,7 @@ def make_chooser(params: SamplingParams, n_vocab: int, rng: random.Random) -> Ch
     return Chain(params, n_vocab, rng)
 
 
-# ---- the sampler of a sequence ----------------------------------------------------------------------------------------------
+# ---- the sampler of a sequence -------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -481,8 +481,8 @@ class Sample(NamedTuple):
 
     token: int
     probs: tuple[tuple[int, float], ...] = ()
-    """The `n_probs` most likely (token, probability) pairs of the distribution that the token was drawn from, best first. What
-    the chain cut off has probability 0; what is banned is not listed."""
+    """The `n_probs` most likely (token, probability) pairs of the distribution that was drawn from, best first.
+    What the chain cut off has probability 0; what is banned is not listed."""
     logprob: float | None = None
     """Log-probability of the token by the model alone, before any bias, penalty or grammar (only with `n_probs`)."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
@@ -544,7 +544,8 @@ class RecentTokens:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence, and remembers what that takes: recent tokens, grammar, mirostat's mu, random numbers.
+    """Chooses the tokens of one sequence, and remembers what that takes: recent tokens, grammar, mirostat's mu, and the
+    state of the random numbers.
 
     Not to be used from two threads at a time.
 

@@ -205,6 +205,9 @@ PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *toke
     if (k < 1) {
         return pl_fail(err, "top-k needs k >= 1, not %d", k);
     }
+    if (n == 0) {
+        return 0;
+    }
     k = PL_MIN(k, n);
     const int64_t limit = 2 * (int64_t)k, room = limit + CHUNK;
     uint64_t small[2 * SMALL + CHUNK], *kept = small, *large = NULL;
