@@ -97,7 +97,8 @@ class _Cursor:
 
     def take(self, n: int, what: str) -> memoryview:
         if n > self.left:
-            raise GGUFError(f"the file ends at byte {len(self.data)}, within {what}: {n} bytes from byte {self.at} on are missing")
+            end = len(self.data)
+            raise GGUFError(f"the file ends at byte {end}, within {what}: {n} bytes from byte {self.at} on are missing")
         self.at += n
         return self.data[self.at - n : self.at]
 
@@ -187,11 +188,10 @@ class GGUFFile:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < len(MAGIC):
                 raise GGUFError(f"{path} is not a GGUF file: it is shorter than the file's mark")
-            if not mmap:
-                return cls(memoryview(file.read()), path)
-            mapping = mmap_module.mmap(file.fileno(), 0, access=mmap_module.ACCESS_READ)
+            mapping = mmap_module.mmap(file.fileno(), 0, access=mmap_module.ACCESS_READ) if mmap else None
+            data = file.read() if mapping is None else mapping
         try:
-            return cls(memoryview(mapping), path, mapping)
+            return cls(memoryview(data), path, mapping)
         except GGUFError as error:
             # Raised anew: the old traceback's frames keep views of the mapping, which could not be closed then.
             raise GGUFError(f"{path}: {error}") from None

@@ -486,8 +486,16 @@ class _Compiler:
     def lower(self) -> tuple[list[Op], list[Value], int]:
         for node in self.nodes:
             if node not in self.absorbed and node not in self.grouped:
-                getattr(self, f"_emit_{node.op}")(node)
+                emit = getattr(self, f"_emit_{node.op}", None)
+                if emit is None:
+                    raise GraphError(f"{_described(node)} is possible only for the inputs of attention")
+                emit(node)
         return self.ops, self.values, self._plan_slots()
+
+
+def _described(node: Node) -> str:
+    """The op of a node and, if it has one, its vector's name and size."""
+    return node.op if node.vector is None else f"{node.op} with {node.vector.name} ({len(node.vector)} elements)"
 
 
 class Program:

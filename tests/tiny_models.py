@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -149,8 +151,10 @@ class _Tensors:
 def make_llama(
     path: Path, *, n_layer: int = 2, n_embd: int = 64, n_head: int = 4, n_head_kv: int = 2, n_ff: int = 128,
     n_ctx: int = 512, quant: str = "F32", architecture: str = "llama", seed: int = 0,
+    more: Mapping[str, Any] | None = None, rope_factors: bool = False,
 ) -> None:  # fmt: skip
-    """Writes a llama with a byte-level vocabulary. ``quant`` is the matrices' format, whose blocks must divide their rows."""
+    """Writes a llama with a byte-level vocabulary. ``quant`` is the matrices' format, whose blocks must divide their rows;
+    ``more``: keys after ``<architecture>.``; ``rope_factors``: with divisors of the rotary frequencies, as Llama 3.1 has them."""
     writer = GGUFWriter()
     writer.add("general.architecture", architecture)
     writer.add("general.name", "tiny llama")
@@ -164,6 +168,7 @@ def make_llama(
         "rope.dimension_count": n_embd // n_head,
         "rope.freq_base": 10000.0,
         "attention.layer_norm_rms_epsilon": 1e-5,
+        **(more or {}),
     }.items():
         writer.add(f"{architecture}.{key}", value)
     n_vocab = add_byte_level_vocabulary(writer)
@@ -181,14 +186,18 @@ def make_llama(
         tensors.matrix(b + "ffn_down", n_embd, n_ff)
     tensors.norm("output_norm", n_embd)
     tensors.matrix("output", n_vocab, n_embd)
+    if rope_factors:
+        tensors.norm("rope_freqs", n_embd // n_head // 2)
     writer.write(path)
 
 
 def make_gemma3(
     path: Path, *, n_layer: int = 7, n_embd: int = 64, n_head: int = 2, n_head_kv: int = 1, head_dim: int = 32,
     n_ff: int = 128, n_ctx: int = 512, sliding_window: int = 16, quant: str = "F32", seed: int = 0,
+    more: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Writes a gemma3 with a SentencePiece-style vocabulary; the sixth layer is global."""
+    """Writes a gemma3 with a SentencePiece-style vocabulary; the sixth layer is global. ``more`` as in
+    :func:`make_llama`."""
     writer = GGUFWriter()
     writer.add("general.architecture", "gemma3")
     writer.add("general.name", "tiny gemma")
@@ -204,6 +213,7 @@ def make_gemma3(
         "attention.sliding_window": sliding_window,
         "rope.freq_base": 1e6,
         "attention.layer_norm_rms_epsilon": 1e-6,
+        **(more or {}),
     }.items():
         writer.add(f"gemma3.{key}", value)
     n_vocab = add_sentencepiece_vocabulary(writer)

@@ -124,11 +124,15 @@ def make_rope(
     if factors is not None:
         if len(factors) != n // 2:
             raise ModelError(f"{factors.name} has {len(factors)} elements; {n // 2} are needed")
+        if not np.all(factors.data > 0):
+            raise ModelError(f"{factors.name} has elements that are not positive")
         frequencies = frequencies / factors.data
     magnitude = 1.0
     if stretched and hp.rope_scaling == "linear":
         frequencies = frequencies / hp.rope_factor
     elif stretched and hp.rope_scaling == "yarn":
+        if base <= 1:
+            raise ModelError(f"a rotary base of {base} cannot be stretched by YaRN; one above 1 is needed")
 
         def column(turns: float) -> float:
             """The pair of columns that turns ``turns`` times within the original context."""
@@ -138,4 +142,6 @@ def make_rope(
         ramp = np.clip((np.arange(n // 2) - low) / max(0.001, high - low), 0.0, 1.0)
         frequencies = frequencies / hp.rope_factor * ramp + frequencies * (1 - ramp)
         magnitude = 1.0 + 0.1 * math.log(hp.rope_factor)
+    if not np.all(np.abs(frequencies) <= np.finfo(np.float32).max):
+        raise ModelError(f"a rotary base of {base} stretched by {hp.rope_factor} leads to frequencies that are no numbers")
     return Rope(Vector("rope frequencies", frequencies.astype(np.float32)), halves, magnitude)

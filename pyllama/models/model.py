@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,12 @@ class Model:
         self.n_threads, self.n_threads_batch = n_threads, n_threads_batch
         self.pool = pool
         graph = Graph()
-        ARCHITECTURES[hp.architecture].build(graph, hp, weights)
+        logits = ARCHITECTURES[hp.architecture].build(graph, hp, weights)
+        if (logits.inputs[0].width, logits.width) != (hp.n_embd, hp.n_vocab):  # the widths of the rows that a run fills
+            raise ModelError(
+                f"{logits.weight.name} has {logits.width} rows of {logits.inputs[0].width}; the model's hyper-parameters say"
+                f" {hp.n_vocab} of {hp.n_embd}"
+            )
         self.weights = weights
         self.kv = create(
             lib.pl_kv_new, lib.pl_kv_free, hp.n_layer, self.n_blocks, hp.n_head_kv, hp.head_dim, _KV_TYPES[kv_type]
