@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +99,16 @@ def test_impossible_numbers(llama, capsys, options):
 def test_a_missing_file(tmp_path, capsys):
     assert bench.main(["-m", str(tmp_path / "none.gguf")]) == 1
     assert "none.gguf" in capsys.readouterr().err
+
+
+def test_compare(llama):
+    """The comparison with peers, without peers."""
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "compare.py"
+    options = f"-m {llama} -t 1 -p 9 -n 2 -d 33 --engines pyllama --turns 2 --repetitions 1 --json".split()
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    prompt, generation = json.loads(done.stdout)
+    assert prompt["work"] == {"n_prompt": 9, "depth": 33}
+    assert generation["work"] == {"n_generate": 2, "depth": 33}
+    assert prompt["ratio"] == 1
+    assert generation["fraction"] > 0
