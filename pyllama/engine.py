@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,12 @@ from pyllama.core import BLOCK_TOKENS
 from pyllama.kv_cache import KVCache
 from pyllama.models import Model, SequenceInput
 from pyllama.sampling import Sample, Sampler, SamplingParams
-from pyllama.scheduler import Chunk, ContextFull, Scheduler, Sequence
+from pyllama.scheduler import Chunk, ContextFull, Scheduler, Sequence, truncated
 
 __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "Token"]
 
-_MOST_UNREAD = 100_000  # events; a stream that nobody reads is cancelled then
+_MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
+_LEAST_CONTEXT = 8
 
 
 class EngineClosed(RuntimeError):
@@ -96,7 +97,7 @@ class Done:
 
 
 class Stream:
-    """One request's events: iterate until :class:`Done`, which is the last."""
+    """One request's events: iterate until :class:`Done`, which is the last. For one reader at a time."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.request = request
@@ -126,8 +127,9 @@ class Stream:
 
     def cancel(self) -> None:
         """Ends the request within a step; the stream still ends with :class:`Done`."""
-        self.cancelled = True
-        self._engine.wake()
+        if not (self._ended or self.cancelled):
+            self.cancelled = True
+            self._engine._has_news()
 
     def result(self) -> tuple[str, list[Sample], Done]:
         """Waits for the end: all text, all samples, and the last event."""
@@ -147,35 +149,34 @@ class _Text:
     def __init__(self, decoder: Any, stop: tuple[str, ...]) -> None:
         self._decoder, self._stop = decoder, tuple(word for word in stop if word)
         self._held = ""
-        self._samples: deque[tuple[Sample, int]] = deque()  # what is not sent yet, with the length of its text
+        self._samples: deque[tuple[Sample, int]] = deque()  # not sent yet, and where in the held text they begin
         self.stopping_word = ""
 
-    @property
-    def in_character(self) -> bool:
-        """The last token ended within a character."""
-        return self._decoder.pending
-
     def push(self, sample: Sample) -> Token | None:
-        """Adds a token; the text that is safe to send, if any. Sets ``stopping_word`` if one is complete."""
+        """Adds a token.
+
+        Returns:
+            What is safe to send, if anything. When a stop string is complete, ``stopping_word`` is set, and nothing comes
+            after that.
+        """
+        self._samples.append((sample, len(self._held)))
         piece = self._decoder.push(sample.token)
-        self._samples.append((sample, len(piece)))
         if not piece:
             return None
         self._held += piece
-        found = [(at, word) for word in self._stop if (at := self._held.find(word)) >= 0]
-        if found:
-            at, self.stopping_word = min(found)
-            return self._send(at)
-        return self._send(len(self._held) - self._longest_beginning())
+        if not self._stop:
+            return self._send(len(self._held))
+        at = len(self._held)
+        for word in self._stop:
+            found = self._held.find(word)
+            if 0 <= found < at:
+                at, self.stopping_word = found, word
+        return self._send(at if self.stopping_word else at - self._longest_beginning())
 
     def flush(self) -> Token | None:
         """The rest: what was held back, and the replacement of an incomplete character."""
-        rest = self._decoder.flush()
-        if rest and self._samples:
-            sample, length = self._samples.pop()
-            self._samples.append((sample, length + len(rest)))
-        self._held += rest
-        return self._send(len(self._held)) if self._held or self._samples else None
+        self._held += self._decoder.flush()
+        return self._send(len(self._held), end=True)
 
     def _longest_beginning(self) -> int:
         """How much of the held text's end is the beginning of a stop string."""
@@ -187,32 +188,26 @@ class _Text:
                     break
         return longest
 
-    def _send(self, n: int) -> Token | None:
-        """Sends the first ``n`` held characters with the tokens that begin in them."""
-        if n == 0 and self._held:
-            return None
+    def _send(self, n: int, *, end: bool = False) -> Token | None:
+        """The first ``n`` held characters with the tokens that begin in them; in the end with all tokens."""
         text, self._held = self._held[:n], self._held[n:]
-        samples, left = [], n
-        while self._samples and (left > 0 or self._samples[0][1] == 0):
-            sample, length = self._samples.popleft()
-            samples.append(sample)
-            if length > left:  # the rest of this token's text comes with a later event, or never
-                self._samples.appendleft((_CONTINUED, length - left))
-                break
-            left -= length
-        samples = [sample for sample in samples if sample is not _CONTINUED]
-        return Token(text, tuple(sample.token for sample in samples), tuple(samples))
-
-
-_CONTINUED = Sample(-1)
+        samples = []
+        while self._samples and (end or self._samples[0][1] < n):
+            samples.append(self._samples.popleft()[0])
+        if n and self._samples:
+            self._samples = deque((sample, begin - n) for sample, begin in self._samples)
+        if not text and not samples:
+            return None
+        return Token(text, tuple([sample.token for sample in samples]), tuple(samples))
 
 
 class _Job:
     """A request on its way through the engine."""
 
-    def __init__(self, stream: Stream, sampler: Sampler, text: _Text, n_prompt: int, truncated: bool) -> None:
+    def __init__(self, stream: Stream, sampler: Sampler, text: _Text) -> None:
         self.stream, self.sampler, self.text = stream, sampler, text
-        self.n_prompt, self.truncated = n_prompt, truncated
+        self.request = stream.request
+        self.truncated = False
         self.n_predicted = 0
         self.started = self.first_token = 0.0
 
@@ -221,18 +216,26 @@ class Engine:
     """Runs requests on a model; close it when done, or use it as a context manager.
 
     Args:
+        model: the engine's alone from now on.
         n_slots: requests that are worked on at a time.
         continuous: let a new request join while others run; otherwise it waits until they have ended.
+
+    Raises:
+        ValueError: there are more slots than the model can run, or its context is tiny.
     """
 
     def __init__(self, model: Model, n_slots: int = 1, *, continuous: bool = True) -> None:
         if not 1 <= n_slots <= model.max_sequences:
             raise ValueError(f"n_slots is {n_slots}; 1 to {model.max_sequences} are possible")
-        self.model, self.n_slots = model, n_slots
-        self._cache = KVCache(model.n_blocks, BLOCK_TOKENS, lambda src, dst, n: model.kv_copy([src], 0, [dst], 0, n))
-        self._scheduler = Scheduler(model, self._cache, n_slots, continuous=continuous)
-        self._submitted: deque[Stream] = deque()
-        self._wake = threading.Condition()
+        if model.n_ctx < _LEAST_CONTEXT:
+            raise ValueError(f"a context of {model.n_ctx} tokens is too small; at least {_LEAST_CONTEXT} are needed")
+        self.model, self.n_slots, self.continuous = model, n_slots, continuous
+        self._start_afresh()
+        self._outbox: list[tuple[queue.SimpleQueue[Token | Done], Token | Done]] = []
+        self._wake = threading.Condition()  # guards the next four
+        self._news = False  # the others have changed; read without the lock
+        self._arrived: list[_Job] = []
+        self._system: tuple[int, ...] = ()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="pyllama-engine", daemon=True)
         self._thread.start()
@@ -254,24 +257,41 @@ class Engine:
             raise ValueError(f"the prompt has a token that is not in the vocabulary of {n_vocab}")
         if not -1 <= request.slot_id < self.n_slots:
             raise ValueError(f"slot {request.slot_id} does not exist; there are {self.n_slots}")
-        stream = Stream(self, request)
-        stream.sampler = Sampler(request.sampling, self.model.tokenizer, request.prompt, self.model.n_ctx)
+        stream, tokenizer = Stream(self, request), self.model.tokenizer
+        sampler = Sampler(request.sampling, tokenizer, request.prompt, self.model.n_ctx)
+        job = _Job(stream, sampler, _Text(tokenizer.stream_decoder(), request.stop))
         with self._wake:
             if self._closing:
                 raise EngineClosed("the engine has been closed")
-            self._submitted.append(stream)
+            self._arrived.append(job)
+            self._news = True
             self._wake.notify()
         return stream
 
-    def wake(self) -> None:
-        """Makes the engine look at its streams, if it sleeps."""
+    def set_system_prompt(self, tokens: Iterable[int]) -> Stream | None:
+        """Evaluates tokens with which prompts will begin, and keeps what they share in memory for as long as it can be.
+
+        It replaces the last system prompt; requests that have been submitted are not touched. A context shift spares it, as
+        well as the ``n_keep`` tokens after it. No tokens: there is none any more.
+
+        Returns:
+            A stream that ends when the tokens are evaluated.
+
+        Raises:
+            ValueError, EngineClosed: as :meth:`submit`; or it leaves no room in the context.
+        """
+        tokens = tuple(tokens)
+        if len(tokens) > self.model.n_ctx - _LEAST_CONTEXT:
+            raise ValueError(f"the system prompt has {len(tokens)} tokens, the context {self.model.n_ctx}")
         with self._wake:
-            self._wake.notify()
+            self._system = tokens
+            self._news = True
+        return self.submit(Request(prompt=tokens, n_predict=0)) if tokens else None
 
     def close(self) -> None:
         """Ends all requests with ``cancelled`` and stops the thread."""
         with self._wake:
-            self._closing = True
+            self._closing = self._news = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -290,152 +310,191 @@ class Engine:
     @property
     def n_waiting(self) -> int:
         """Requests that wait for a slot."""
-        return len(self._scheduler.waiting) + len(self._submitted)
+        return len(self._scheduler.waiting) + len(self._arrived)
+
+    def _has_news(self) -> None:
+        with self._wake:
+            self._news = True
+            self._wake.notify()
 
     # -- the engine's thread ------------------------------------------------------------------------------------------
 
-    def _loop(self) -> None:
-        scheduler = self._scheduler
-        while True:
-            with self._wake:
-                while not (self._closing or self._submitted or scheduler.running or scheduler.waiting):
-                    self._wake.wait()
-                arrived = list(self._submitted)
-                self._submitted.clear()
-                closing = self._closing
-            for stream in arrived:
-                scheduler.add(self._make_sequence(stream))
-            if closing:
-                for sequence in [*scheduler.running, *scheduler.waiting]:
-                    self._end(sequence, "cancelled")
-                return
-            for sequence in [*scheduler.running, *scheduler.waiting]:
-                if sequence.owner.stream.cancelled:
-                    self._end(sequence, "cancelled")
-            self._step()
+    def _start_afresh(self) -> None:
+        self._cache = KVCache(self.model.n_blocks, BLOCK_TOKENS, self.model.kv_copy)
+        self._scheduler = Scheduler(self.model, self._cache, self.n_slots, continuous=self.continuous)
+        self._sequences: set[Sequence] = set()  # all that have not ended
 
-    def _make_sequence(self, stream: Stream) -> Sequence:
-        request, n_ctx = stream.request, self.model.n_ctx
-        tokens, truncated = list(request.prompt), False
-        n_keep = len(tokens) if request.n_keep < 0 else min(request.n_keep, len(tokens))
-        if self.model.tokenizer.add_bos and n_keep and request.n_keep >= 0:
-            n_keep = min(n_keep + 1, len(tokens))
-        n_keep = min(n_keep, max(0, n_ctx - 4))
-        if len(tokens) >= n_ctx and len(tokens) > 1:
-            # As the documented server does: drop whole half-contexts after the first n_keep tokens.
-            half = max(1, (n_ctx - n_keep) // 2)
-            dropped = -(-(len(tokens) - n_ctx + 1) // half) * half
-            del tokens[n_keep : n_keep + min(dropped, len(tokens) - n_keep - 1)]
-            truncated = True
-        text = _Text(self.model.tokenizer.stream_decoder(), request.stop)
-        job = _Job(stream, stream.sampler, text, len(request.prompt), truncated)
-        return Sequence(
-            tokens, n_keep=n_keep, reuse=request.cache_prompt, wanted_slot=request.slot_id, owner=job
-        )
+    def _loop(self) -> None:
+        try:
+            while self._look():
+                try:
+                    self._step()
+                except Exception as error:  # a fault of ours: rather forget everything than go on with wrong books
+                    self._give_up("error", f"{type(error).__name__}: {error}")
+                self._deliver()
+        finally:
+            with self._wake:
+                self._closing = True
+            for job in self._arrived:
+                self._sequences.add(Sequence(list(job.request.prompt), owner=job))
+            self._give_up("cancelled")
+            self._deliver()
+
+    def _look(self) -> bool:
+        """Takes what other threads have left; sleeps while there is nothing to do. False: the engine is being closed."""
+        scheduler = self._scheduler
+        if not self._news and (scheduler.running or scheduler.waiting):
+            return True
+        with self._wake:
+            while not (self._news or scheduler.running or scheduler.waiting):
+                self._wake.wait()
+            arrived, self._arrived, self._news = self._arrived, [], False
+            system = self._system
+        if system is not self._cache.pinned:
+            self._cache.pin(system)
+        for job in arrived:
+            sequence = self._sequence_of(job)
+            self._sequences.add(sequence)
+            scheduler.add(sequence)
+        for sequence in list(self._sequences):
+            if sequence.owner.stream.cancelled:
+                self._end(sequence, "cancelled")
+        self._deliver()
+        return not self._closing
+
+    def _sequence_of(self, job: _Job) -> Sequence:
+        request, n_prompt = job.request, len(job.request.prompt)
+        n_keep = min(self._n_keep(request), n_prompt, self.model.n_ctx - 4)
+        tokens = truncated(list(request.prompt), n_keep, self.model.n_ctx)
+        job.truncated = len(tokens) < n_prompt
+        return Sequence(tokens, n_keep=n_keep, reuse=request.cache_prompt, wanted_slot=request.slot_id, owner=job)
+
+    def _n_keep(self, request: Request) -> int:
+        """Tokens that a context shift spares; ``n_keep`` counts neither the system prompt nor the token that begins a text."""
+        if request.n_keep < 0:
+            return len(request.prompt)
+        system, tokenizer = self._cache.pinned, self.model.tokenizer
+        if system and request.prompt[: len(system)] == system:
+            return len(system) + request.n_keep
+        has_bos = tokenizer.add_bos and request.prompt[0] == tokenizer.bos_id
+        return request.n_keep + has_bos
 
     def _step(self) -> None:
         """One batch: schedule, run, sample."""
         try:
             chunks = self._scheduler.schedule()
         except ContextFull as full:
-            self._end(full.args[1], "error", error=full.args[0])
+            self._end(full.sequence, "error", error=str(full))
             return
-        if not chunks:
-            return
-        before = time.perf_counter()
+        texts, states = [], []
         for chunk in chunks:
-            if not chunk.sequence.owner.started:
-                chunk.sequence.owner.started = before
-        hidden = [chunk for chunk in chunks if chunk.is_last and chunk.sequence.owner.stream.request.embedding]
-        ordinary = [chunk for chunk in chunks if chunk not in hidden] if hidden else chunks
+            (states if chunk.sequence.owner.request.embedding and chunk.is_last else texts).append(chunk)
+        if texts:
+            self._run(texts)
+        if states:
+            self._run(states, hidden=True)
+
+    def _run(self, chunks: list[Chunk], *, hidden: bool = False) -> None:
+        inputs = [self._input(chunk) for chunk in chunks]
+        before = time.perf_counter()
         try:
-            if ordinary:
-                self._run(ordinary)
-            if hidden:
-                self._embed(hidden)
+            rows = self.model.run(inputs, hidden=hidden)
         except Exception as error:  # a failed step ends its requests, not the engine
             for chunk in chunks:
-                if chunk.sequence in self._scheduler.running:
-                    self._end(chunk.sequence, "error", error=f"{type(error).__name__}: {error}")
-
-    def _run(self, chunks: list[Chunk]) -> None:
-        before = time.perf_counter()
-        inputs = [self._input(chunk, 1 if chunk.is_last else 0) for chunk in chunks]
-        rows = self.model.run(inputs)
+                self._end(chunk.sequence, "error", error=f"{type(error).__name__}: {error}")
+            return
         self._scheduler.advance(chunks, time.perf_counter() - before)
-        n_vocab, row = self.model.tokenizer.n_vocab, 0
-        for chunk, item in zip(chunks, inputs, strict=True):
+        n_rows = 0
+        for chunk, item in zip(chunks, inputs):
+            job: _Job = chunk.sequence.owner
+            if not job.started:
+                job.started, job.stream.slot_id = before, chunk.sequence.slot
             if item.outputs:
-                logits = rows[row, :n_vocab]  # files may pad the vocabulary
-                row += 1
-                try:
-                    self._accept(chunk.sequence, logits)
-                except Exception as error:  # e.g. a grammar that no token fits: this request's own problem
-                    self._end(chunk.sequence, "error", error=str(error))
+                row = rows[n_rows]
+                n_rows += 1
+                if hidden:
+                    self._end(chunk.sequence, "limit", embedding=row.copy())
+                else:
+                    self._sample(chunk.sequence, job, row)
 
     @staticmethod
-    def _input(chunk: Chunk, outputs: int) -> SequenceInput:
+    def _input(chunk: Chunk) -> SequenceInput:
         s = chunk.sequence
-        tokens = s.tokens[-1:] if chunk.n == 1 and chunk.is_last else s.tokens[s.n_evaluated : s.n_evaluated + chunk.n]
-        return SequenceInput(tokens, s.n_evaluated, s.table.blocks, outputs)
+        tokens = s.tokens[s.n_evaluated : s.n_evaluated + chunk.n]
+        return SequenceInput(tokens, s.n_evaluated, s.table.blocks, 1 if chunk.is_last else 0)
 
-    def _embed(self, chunks: list[Chunk]) -> None:
-        before = time.perf_counter()
-        rows = self.model.run([self._input(chunk, 1) for chunk in chunks], hidden=True)
-        self._scheduler.advance(chunks, time.perf_counter() - before)
-        for chunk, row in zip(chunks, rows, strict=True):
-            self._end(chunk.sequence, "limit", embedding=row.copy())
-
-    def _accept(self, sequence: Sequence, logits: np.ndarray) -> None:
-        """Samples a token and sends what it brings."""
-        job: _Job = sequence.owner
-        request = job.stream.request
+    def _sample(self, sequence: Sequence, job: _Job, logits: np.ndarray) -> None:
+        """Takes a token and sends the text that it brings."""
         if not sequence.generating:
             sequence.generating = True
-            job.stream.slot_id = sequence.slot
             job.first_token = time.perf_counter()
-        if request.n_predict == 0:
+        n_predict, tokenizer = job.request.n_predict, self.model.tokenizer
+        if n_predict == 0:
             self._end(sequence, "limit")
             return
-        sample = job.sampler.sample(logits)
-        if sample.token in self.model.tokenizer.eog_ids:
+        try:
+            sample = job.sampler.sample(logits[: tokenizer.n_vocab])  # files may pad the vocabulary
+        except Exception as error:  # e.g. a grammar that no token fits: this request's own problem
+            self._end(sequence, "error", error=str(error))
+            return
+        if sample.token in tokenizer.eog_ids:
             self._end(sequence, "eos")
             return
-        job.n_predicted += 1
         sequence.tokens.append(sample.token)
-        event = job.text.push(sample)
-        if event is not None and (event.text or event.tokens):
-            job.stream._events.put(event)
+        job.n_predicted += 1
+        event, events = job.text.push(sample), job.stream._events
+        if event is not None:
+            self._outbox.append((events, event))
         if job.text.stopping_word:
             self._end(sequence, "word")
-        elif 0 < request.n_predict <= job.n_predicted:
+        elif 0 < n_predict <= job.n_predicted:
             self._end(sequence, "limit")
-        elif job.stream._events.qsize() > _MOST_UNREAD:
+        elif events.qsize() >= _MOST_UNREAD:
             self._end(sequence, "error", error="nobody reads this stream")
 
-    def _end(self, sequence: Sequence, reason: str, *, error: str | None = None, embedding: np.ndarray | None = None) -> None:
+    def _end(
+        self, sequence: Sequence, reason: str, *, error: str | None = None, embedding: np.ndarray | None = None
+    ) -> None:
+        self._scheduler.remove(sequence)
+        self._sequences.discard(sequence)
+        self._report(sequence, reason, error=error, embedding=embedding)
+
+    def _give_up(self, reason: str, error: str | None = None) -> None:
+        """Ends everything and forgets what is cached."""
+        for sequence in self._sequences:
+            self._report(sequence, reason, error=error)
+        self._start_afresh()
+
+    def _report(
+        self, sequence: Sequence, reason: str, *, error: str | None = None, embedding: np.ndarray | None = None
+    ) -> None:
         job: _Job = sequence.owner
         ended = time.perf_counter()
-        self._scheduler.remove(sequence)
+        events = job.stream._events
         if reason != "word" and (rest := job.text.flush()) is not None:
-            job.stream._events.put(rest)
-        job.stream._events.put(
-            Done(
-                reason=reason,
-                stopping_word=job.text.stopping_word,
-                n_prompt=job.n_prompt,
-                n_past=len(sequence.tokens),
-                n_reused=sequence.n_reused,
-                n_predicted=job.n_predicted,
-                truncated=job.truncated or sequence.shifted,
-                timings=Timings(
-                    sequence.n_prompt_run,
-                    1e3 * ((job.first_token or ended) - (job.started or ended)),
-                    job.n_predicted,
-                    1e3 * (ended - job.first_token) if job.first_token else 0.0,
-                ),
-                slot_id=max(sequence.slot, 0),
-                error=error,
-                embedding=embedding,
-            )
+            self._outbox.append((events, rest))
+        done = Done(
+            reason=reason,
+            stopping_word=job.text.stopping_word,
+            n_prompt=len(job.request.prompt),
+            n_past=len(sequence.tokens),
+            n_reused=sequence.n_reused,
+            n_predicted=job.n_predicted,
+            truncated=job.truncated or sequence.shifted,
+            timings=Timings(
+                sequence.n_prompt_run,
+                1e3 * ((job.first_token or ended) - (job.started or ended)),
+                job.n_predicted,
+                1e3 * (ended - job.first_token) if job.first_token else 0.0,
+            ),
+            slot_id=max(sequence.slot, 0),
+            error=error,
+            embedding=embedding,
         )
+        self._outbox.append((events, done))
+
+    def _deliver(self) -> None:
+        """Wakes the readers, once all of a step's tokens are there."""
+        for events, event in self._outbox:
+            events.put(event)
+        self._outbox.clear()

@@ -2,7 +2,7 @@
 
 Sequences that generate come first, one token each; what is left of the batch goes to prompts, in chunks that are small while
 streams run, so that a long prompt never freezes them. When the pool of blocks runs dry, the youngest sequence gives its blocks
-up and is computed again later; when one sequence alone fills the pool, its oldest tokens are dropped (context shift).
+up and is computed again later; when a sequence fills the context alone, its oldest tokens are dropped (context shift).
 
 This module knows tokens and blocks, not text, sampling or threads.
 """
@@ -16,22 +16,23 @@ from typing import Any, Protocol
 
 from pyllama.kv_cache import BlockTable, KVCache
 
-__all__ = ["Chunk", "ContextFull", "Scheduler", "Sequence"]
+__all__ = ["Chunk", "ContextFull", "Scheduler", "Sequence", "truncated"]
 
 _LEAST_CHUNK = 16
 _CHUNK_STEPS = 2.0  # a chunk of a prompt may cost the running streams about this many ordinary steps
 
 
 class ContextFull(RuntimeError):
-    """A sequence cannot go on: there are not enough blocks for it, even alone."""
+    """``sequence`` cannot go on: the context is too small for it, even alone."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__("the context is too small for this request")
+        self.sequence = sequence
 
 
 class _Model(Protocol):
     n_ctx: int
     n_batch: int
-    max_sequences: int
-
-    def kv_copy(self, src_blocks: list[int], src_pos: int, dst_blocks: list[int], dst_pos: int, n: int) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +44,7 @@ class Sequence:
     n_keep: int = 0
     """Tokens at the beginning that a context shift spares."""
     reuse: bool = True
-    """Whether earlier sequences' blocks may be shared."""
+    """Whether other sequences' blocks may be shared."""
     wanted_slot: int = -1
     owner: Any = None
     """Whatever the engine keeps with the sequence."""
@@ -52,12 +53,11 @@ class Sequence:
     n_evaluated: int = 0
     """Tokens whose keys and values are in the table's blocks."""
     n_reused: int = 0
-    """Tokens that were not evaluated because an earlier sequence had done so, at the first admission."""
-    n_run: int = 0
-    """Tokens evaluated in all."""
+    """Tokens before the first generated one that needed no evaluation, since another sequence had done it."""
     n_prompt_run: int = 0
     """Tokens evaluated before the first one was generated."""
     generating: bool = False
+    """The prompt has been evaluated once, and a token been generated."""
     shifted: bool = False
     number: int = 0
     """Order of arrival."""
@@ -80,11 +80,25 @@ class Chunk:
         return self.n == self.sequence.n_waiting
 
 
+def truncated(prompt: list[int], n_keep: int, n_ctx: int) -> list[int]:
+    """A prompt that leaves room in the context: of a longer one, halves of the context after the first ``n_keep`` tokens are
+    left out, as many as need be. So does llama.cpp's server.
+
+    Args:
+        n_keep: at most ``n_ctx - 2``.
+    """
+    if len(prompt) < n_ctx:
+        return prompt
+    half = (n_ctx - n_keep) // 2
+    n_dropped = (len(prompt) - n_keep - half) // half * half
+    return prompt[:n_keep] + prompt[n_keep + n_dropped :]
+
+
 class Scheduler:
     """Holds the waiting and the running sequences.
 
     Args:
-        model: runs the batches; used for copies of blocks here.
+        model: for its limits.
         n_slots: most sequences at a time.
         continuous: admit a sequence while others run; otherwise it waits until they have ended.
     """
@@ -119,25 +133,22 @@ class Scheduler:
                 return
             if sequence.wanted_slot >= 0 and sequence.wanted_slot not in free:
                 continue
-            if self.running and self.cache.n_missing(sequence.tokens) > self.cache.n_available:
+            missing = self.cache.n_missing(sequence.tokens, reuse=sequence.reuse)
+            if self.running and missing > self.cache.n_available:
                 return  # it would only be preempted again
             sequence.slot = sequence.wanted_slot if sequence.wanted_slot >= 0 else min(free)
             free.discard(sequence.slot)
             self.waiting.remove(sequence)
-            self._start(sequence)
-
-    def _start(self, sequence: Sequence) -> None:
-        sequence.table, sequence.n_evaluated = self.cache.acquire(sequence.tokens, reuse=sequence.reuse)
-        if sequence.n_run == 0:
-            sequence.n_reused = sequence.n_evaluated
-        self.running.append(sequence)
-        self.running.sort(key=lambda other: other.number)
+            self.running.append(sequence)
+            self.running.sort(key=lambda other: other.number)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a sequence's blocks; it waits at the front, to be computed again."""
         self.running.remove(sequence)
         self.cache.release(sequence.table, sequence.tokens, sequence.n_evaluated)
         sequence.n_evaluated = 0
+        if not sequence.generating:
+            sequence.n_reused = 0
         self.waiting.appendleft(sequence)
 
     # -- the next batch -----------------------------------------------------------------------------------------------
@@ -146,67 +157,90 @@ class Scheduler:
         """The next batch; empty if there is nothing to do.
 
         Raises:
-            ContextFull: ``args[1]`` is a sequence that can never go on; the caller ends it and calls again.
+            ContextFull: the caller ends its sequence and calls again.
         """
-        self._admit()
+        if self.waiting:
+            self._admit()
         chunks: list[Chunk] = []
-        budget = self.model.n_batch
-        generating = [s for s in self.running if s.n_waiting == 1 and s.generating]
-        for sequence in generating:
-            if budget and sequence in self.running and len(chunks) < self.model.max_sequences and self._make_room(sequence, 1):
+        for sequence in tuple(self.running):
+            wants_one = sequence.generating and sequence.n_waiting == 1 and sequence in self.running
+            if wants_one and len(chunks) < self.model.n_batch and self._make_room(sequence, 1):
                 chunks.append(Chunk(sequence, 1))
-                budget -= 1
-        if chunks:
-            budget = min(budget, self._chunk_beside_streams())
-        for sequence in list(self.running):
-            if budget <= 0 or len(chunks) >= self.model.max_sequences:
-                break
-            if sequence not in self.running or (sequence.n_waiting == 1 and sequence.generating):
-                continue
-            n = min(sequence.n_waiting, budget)
-            if self._make_room(sequence, n):
-                chunks.append(Chunk(sequence, n))
-                budget -= n
+        if len(chunks) < len(self.running):
+            self._add_prompts(chunks)
         return [chunk for chunk in chunks if chunk.sequence in self.running]
 
+    def _add_prompts(self, chunks: list[Chunk]) -> None:
+        """Fills the batch up with chunks of prompts, or of what was preempted, in order of arrival."""
+        budget = self.model.n_batch - len(chunks)
+        if chunks:
+            budget = min(budget, self._chunk_beside_streams())
+        computed_now = set()
+        for sequence in tuple(self.running):
+            if budget <= 0:
+                return
+            if sequence not in self.running or (sequence.generating and sequence.n_waiting == 1):
+                continue
+            if sequence.reuse:
+                self._share(sequence)
+            block = self.cache.next_block(sequence.table, sequence.tokens)
+            if block in computed_now and sequence.reuse:
+                continue  # another sequence has it in this batch; it will be shared in the next
+            n = min(sequence.n_waiting, budget, self.model.n_ctx - sequence.n_evaluated)
+            if n > 0 and self._make_room(sequence, n):
+                chunks.append(Chunk(sequence, n))
+                budget -= n
+                if block is not None:
+                    computed_now.add(block)
+
+    def _share(self, sequence: Sequence) -> None:
+        before = sequence.n_evaluated
+        sequence.n_evaluated = self.cache.share(sequence.table, sequence.tokens, before)
+        if not sequence.generating:
+            sequence.n_reused += sequence.n_evaluated - before
+
     def _chunk_beside_streams(self) -> int:
+        """Tokens of prompts that make a step about three times as long as one that only generates."""
         if not self._step_seconds or not self._token_seconds:
-            return 2 * _LEAST_CHUNK
+            return _LEAST_CHUNK
         return max(_LEAST_CHUNK, int(_CHUNK_STEPS * self._step_seconds / self._token_seconds))
 
     def _make_room(self, sequence: Sequence, n: int) -> bool:
         """Blocks for the sequence's next ``n`` tokens, if need be by preempting younger ones or dropping its own oldest tokens.
         False: it has to wait for older ones."""
-        if sequence.n_evaluated + n > self.model.n_ctx:
-            self._shift(sequence)
+        if sequence.n_evaluated + n > self.model.n_ctx and not self._shift(sequence):
+            return False
         while not self.cache.reserve(sequence.table, sequence.n_evaluated + n):
-            youngest = self.running[-1]
-            if youngest is not sequence:
-                self._preempt(youngest)
-            elif len(self.running) > 1:
-                return False  # older sequences are running and will give blocks back
-            else:
-                self._shift(sequence)
+            if not self._preempt_younger(sequence):
+                return False
         return True
 
-    def _shift(self, sequence: Sequence) -> None:
-        """Drops the older half of what follows the first ``n_keep`` tokens; the rest moves up, its keys rotated."""
+    def _preempt_younger(self, sequence: Sequence) -> bool:
+        """Makes the youngest sequence wait; False if that is this one, which has to wait for older ones itself.
+
+        Raises:
+            ContextFull: there is no other.
+        """
+        if len(self.running) == 1:
+            raise ContextFull(sequence)
+        if self.running[-1] is sequence:
+            return False
+        self._preempt(self.running[-1])
+        return True
+
+    def _shift(self, sequence: Sequence) -> bool:
+        """Drops the older half of what follows the first ``n_keep`` tokens; the rest moves up. False: it has to wait."""
         keep = min(sequence.n_keep, max(0, sequence.n_evaluated - 4))
-        dropped = (sequence.n_evaluated - keep) // 2
-        if dropped < 1:
-            raise ContextFull("the context is too small for this request", sequence)
-        before = self.cache.own_from(sequence.table, keep)
-        while before is None:
-            if self.running[-1] is sequence:
-                raise ContextFull("there are too few blocks to shift the context", sequence)
-            self._preempt(self.running[-1])
-            before = self.cache.own_from(sequence.table, keep)
-        moved = sequence.n_evaluated - keep - dropped
-        self.model.kv_copy(before, keep + dropped, sequence.table.blocks, keep, moved)
-        del sequence.tokens[keep : keep + dropped]
-        sequence.n_evaluated -= dropped
+        n_dropped = (sequence.n_evaluated - keep) // 2
+        if n_dropped < 1:
+            raise ContextFull(sequence)
+        while not self.cache.drop(sequence.table, keep, n_dropped, sequence.n_evaluated):
+            if not self._preempt_younger(sequence):
+                return False
+        del sequence.tokens[keep : keep + n_dropped]
+        sequence.n_evaluated -= n_dropped
         sequence.shifted = True
-        self.cache.forget(sequence.table, sequence.n_evaluated)
+        return True
 
     def advance(self, chunks: list[Chunk], seconds: float) -> None:
         """Counts a batch as evaluated.
@@ -217,11 +251,11 @@ class Scheduler:
         n_prompt = 0
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.n_evaluated += chunk.n
-            sequence.n_run += chunk.n
             if not sequence.generating:
                 sequence.n_prompt_run += chunk.n
+            if not sequence.generating or sequence.n_waiting > 1:
                 n_prompt += chunk.n
+            sequence.n_evaluated += chunk.n
             self.cache.commit(sequence.table, sequence.tokens, sequence.n_evaluated)
         if n_prompt == 0:
             self._step_seconds = _blend(self._step_seconds, seconds)
@@ -233,4 +267,3 @@ class Scheduler:
 def _blend(old: float, new: float) -> float:
     """A running mean that forgets slowly and is not thrown off by one interrupted step."""
     return new if old == 0.0 else 0.9 * old + 0.1 * min(new, 4 * old)
-
