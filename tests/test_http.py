@@ -190,7 +190,7 @@ def test_requests_that_leave_in_the_middle_do_no_harm():
         assert server.get().read() == b"hello"
 
 
-@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"], ids=["plain", "expect"])
 def test_a_large_body_is_refused_before_it_is_read(expect):
     with running(hello) as server, server.connect() as connection:
         head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n" + expect
@@ -235,6 +235,7 @@ def test_a_large_body_in_chunks_is_refused():
         (b"GET / HTTP/1.1\r\nX: " + b"y" * 100_000 + b"\r\n\r\n", 431),
         (b"\xff\xfe\x00" * 50_000, 431),
     ],
+    ids=["no head", "negative length", "no colon", "coding", "chunk size", "long header", "bytes"],
 )
 def test_what_is_not_http_gets_an_error_object(request_, code):
     with running(hello) as server:

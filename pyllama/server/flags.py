@@ -61,7 +61,7 @@ class Settings:
         return [
             f"{flag.names[-1]} has no effect: {flag.missing}"
             for flag in FLAGS
-            if flag.missing and getattr(self, flag.field) not in (None, False)
+            if flag.missing and getattr(self, flag.field) is not flag.default
         ]
 
 

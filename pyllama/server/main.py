@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pyllama import __version__, models, pull
 from pyllama.core import CoreError
@@ -23,7 +22,7 @@ __all__ = ["Program", "main"]
 
 _QUICK_REQUESTS = 8
 """Threads beyond those that may wait for the model, so that e.g. /health is always answered."""
-_LOAD_ERRORS = (OSError, ValueError, CoreError, pull.PullError, MemoryError)
+_LOAD_ERRORS = (ValueError, CoreError, pull.PullError, MemoryError)
 
 
 class Program:
@@ -47,15 +46,20 @@ class Program:
             )
         )
         if settings.system_prompt_file is not None:
-            self.service.set_system_prompt(_read_object(settings.system_prompt_file))
-        self.server = Server(
-            create_app(self.service, settings.path),
-            settings.host,
-            settings.port,
-            n_threads=settings.parallel + settings.queue + _QUICK_REQUESTS,
-            timeout=settings.timeout,
-            on_request=log_request,
-        )
+            self._read_system_prompt(settings.system_prompt_file)
+        application = create_app(self.service, settings.path)
+        try:
+            self.server = Server(
+                application,
+                settings.host,
+                settings.port,
+                n_threads=settings.parallel + settings.queue + _QUICK_REQUESTS,
+                timeout=settings.timeout,
+                on_request=log_request,
+            )
+        except OSError as error:
+            where, why = f"{settings.host}:{settings.port}", error.strerror or error
+            raise OSError(f"cannot listen on {where}: {why}") from error
         self._engine: Engine | None = None
         self._failed = False
 
@@ -75,8 +79,9 @@ class Program:
 
     def _load(self) -> None:
         s = self.settings
+        path = s.model
         try:
-            path = s.model or pull.path_of()
+            path = path or pull.path_of()
             log.info("loading %s", path)
             model = models.load(
                 path,
@@ -92,8 +97,10 @@ class Program:
             )
             self._engine = Engine(model, s.parallel, continuous=s.cont_batching)
             self.service.start(self._engine, chat_template=s.chat_template)
+        except OSError as error:
+            self._fail(f"{path} cannot be loaded: {error.strerror or error}")
         except _LOAD_ERRORS as error:
-            self._fail(f"the model cannot be loaded: {error or type(error).__name__}")
+            self._fail(f"{path} cannot be loaded: {str(error) or type(error).__name__}")
         except BaseException:
             self._fail("the model cannot be loaded")
             raise
@@ -106,20 +113,22 @@ class Program:
                 s.parallel,
             )
 
+    def _read_system_prompt(self, path: Path) -> None:
+        try:
+            value = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} must hold a JSON object")
+        try:
+            self.service.set_system_prompt(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
     def _fail(self, message: str) -> None:
         log.error("%s", message)
         self._failed = True
         self.stop()
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "server.py") -> int:

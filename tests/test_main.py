@@ -1,0 +1,160 @@
+"""The server as a program: how it starts, fails and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving import ROOT, ServerProcess
+from tests.tiny_models import make_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    make_llama(path)
+    return path
+
+
+@contextlib.contextmanager
+def serving(model: Path, *flags: str | Path) -> Iterator[ServerProcess]:
+    """A server that is ready; in the end it exits cleanly, without having met anything unexpected."""
+    server = ServerProcess("-m", model, *flags)
+    try:
+        yield server
+    finally:
+        status = server.stop()
+    assert status == 0 and "Traceback" not in "".join(server.log), server.log
+
+
+def failure(*flags: str | Path) -> str:
+    """The last line of a server that cannot start."""
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr, done
+    return done.stderr.splitlines()[-1]
+
+
+def test_answers_while_the_model_is_loading(model):
+    answers = []
+    with ServerProcess("-m", model, wait=False) as server:
+        while not answers or answers[-1][0] != 200:
+            answers.append(server.json("GET", "/health"))
+    assert answers[-1][1]["status"] == "ok"
+    for status, answer in answers[:-1]:
+        assert status == 503 and answer["error"]["code"] == 503 and "load" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_within_seconds(model, how):
+    events = []
+    server = ServerProcess("-m", model, "-c", "512")
+    try:
+        stream = server.stream("/completion", prompt="a", ignore_eos=True)
+        events.append(next(stream))
+        thread = threading.Thread(target=lambda: events.extend(stream))
+        thread.start()
+        began = time.monotonic()
+        assert server.stop(how) == 0
+        assert time.monotonic() - began < 5
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    finally:
+        server.process.kill()
+    assert events[-1]["error"]["code"] == 503  # the client is told: the stream does not just break off
+
+
+def test_a_signal_while_loading(model):
+    assert ServerProcess("-m", model, wait=False).stop() == 0
+
+
+def test_one_line_for_each_request(model):
+    with serving(model) as server:
+        server.post("/completion", prompt="abc", n_predict=3, ignore_eos=True)
+        line = server.wait_for_log("/completion").string
+        assert "127.0.0.1 POST /completion 200" in line and "generated 3" in line
+        server.json("GET", "/nowhere%0A%1B")
+        assert r"GET /nowhere\n\x1b 404" in server.wait_for_log("nowhere").string
+
+
+def test_the_log_in_json(model):
+    with serving(model, "--log-format", "json", "-ngl", "9") as server:
+        server.post("/completion", prompt="abc", n_predict=3, ignore_eos=True)
+        request = json.loads(server.wait_for_log("/completion").string)
+    assert (request["method"], request["status"], request["generated"]) == ("POST", 200, 3)
+    lines = [json.loads(line) for line in server.log]
+    assert any(line["level"] == "warning" and "--n-gpu-layers has no effect" in line["message"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [(None, "No such file"), (b"GIF89a", "not a GGUF file"), (b"GGUF\x03\0\0\0" + bytes(16), "general.architecture")],
+    ids=["no file", "no GGUF", "no model"],
+)
+def test_a_model_that_cannot_be_loaded(tmp_path, content, complaint):
+    path = tmp_path / "bad.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    line = failure("-m", path)
+    assert complaint in line and "bad.gguf" in line
+
+
+def test_an_address_that_cannot_be_had(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in failure("-m", model, "--port", str(port))
+    assert "cannot listen on nowhere.invalid:" in failure("-m", model, "--host", "nowhere.invalid")
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"prompt": 5}', "prompt"),
+        ('{"prompt": "x", "assistant_name": [1]}', "assistant_name"),
+    ],
+)
+def test_a_system_prompt_file_that_is_wrong(model, tmp_path, content, complaint):
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    line = failure("-m", model, "-spf", path)
+    assert complaint in line and "bad.json" in line
+
+
+def test_a_system_prompt_file(model, tmp_path):
+    path = tmp_path / "prompt.json"
+    path.write_text(json.dumps({"prompt": "hello", "anti_prompt": "User:", "assistant_name": "Bot:"}))
+    with serving(model, "-spf", path) as server:
+        assert server.json("GET", "/props") == (200, {"assistant_name": "Bot:", "user_name": "User:"})
+
+
+def test_a_chat_template(model):
+    with serving(model, "--chat-template", "{% for m in messages %}[{{ m.content }}]{% endfor %}") as server:
+        answer = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "xyz"}], max_tokens=1)
+        assert answer["usage"]["prompt_tokens"] == 5
+    assert "the chat template" in failure("-m", model, "--chat-template", "{% for %}")
+
+
+def test_flags_reach_the_model(model):
+    flags = "-a name -c 128 -b 32 -np 3 -n 5 -s 7 -t 1 -tb 2 --memory-f32 --mlock --no-mmap"
+    with serving(model, *flags.split()) as server:
+        status, settings = server.json("GET", "/model.json")
+        assert status == 200
+        assert (settings["model"], settings["n_ctx"], settings["n_predict"]) == ("name", 128, 5)
+        assert server.json("GET", "/health")[1]["slots_idle"] == 3
+        assert server.json("GET", "/v1/models")[1]["data"][0]["id"] == "name"
+        answers = [server.post("/completion", prompt="abc", ignore_eos=True) for _ in range(2)]
+        assert answers[0]["tokens_predicted"] == 5 and answers[0]["content"] == answers[1]["content"]
