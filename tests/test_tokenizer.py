@@ -54,6 +54,9 @@ fragments = st.sampled_from(
     + ["e\u0301", "🙂", "👩\u200d👧", ".", "!?", "<", "_", "\x00", "\x1c", "'", "don't", " the", "x1 ", SPACE]
 )
 texts = st.lists(st.one_of(fragments, st.text(max_size=4)), max_size=12).map("".join)
+# Without characters that are unassigned for this Python, of which newer tables may know more than the core's.
+assigned = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=4)
+assigned_texts = st.lists(st.one_of(fragments, assigned), max_size=12).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +334,7 @@ def core_words(kind: int, text: str) -> list[str]:
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 @settings(max_examples=500, deadline=None)
-@given(text=texts)
+@given(text=assigned_texts)
 def test_core_cuts_words_like_the_pattern(pre: str, text: str) -> None:
     pre_tokenizer = PRE_TOKENIZERS[pre]
     assert core_words(pre_tokenizer.core_words, text) == pre_tokenizer.splitter()(text)
