@@ -2,31 +2,29 @@
 
 The order of the steps and their arithmetic are those of llama.cpp's server of January 2024: logit bias, penalties,
 grammar, then greedy (temperature <= 0), mirostat, or top-k, tail-free, typical, top-p, min-p, temperature and a seeded
-draw. Steps that look at the whole vocabulary are helpers of the core; the others are NumPy on a few dozen candidates.
-This module knows nothing of models, batches or requests.
+draw. As with models, what is done is put together here and run in one call of the core: after a model's run Python's
+and NumPy's code has been pushed out of the processor's caches, and a chain of small NumPy calls took several times as
+long. This module knows nothing of models, batches or requests.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .core import call, ffi, lib
+from .core import CoreError, call, ffi, lib
 from .grammar import Grammar, Matcher, token_trie
 
-__all__ = ["Candidates", "Sample", "Sampler", "SamplingError", "SamplingParams", "Vocabulary", "make_chain"]
+__all__ = ["Sample", "Sampler", "SamplingError", "SamplingParams", "Step", "Vocabulary", "make_chain"]
 
 RANDOM_SEED = 0xFFFFFFFF
 """The seed, as 32 unsigned bits, that asks for a random one; -1 is the same."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-SMALLEST_TEMPERATURE = 1e-10
-"""Already sends every difference between float32 logits beyond e^-700."""
 
 
 class SamplingError(RuntimeError):
@@ -165,312 +163,47 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name} must be {wanted}, not {value}")
 
 
-# ---- candidates and the steps that thin them out -------------------------------------------------
+# ---- the chain -----------------------------------------------------------------------------------
 
 
-class Candidates(NamedTuple):
-    """Tokens that may be drawn, the most likely first."""
+class Step(NamedTuple):
+    """One link of a chain: what the core does with the candidates (``enum pl_sampling_step_kind``)."""
 
-    tokens: np.ndarray
-    """int32 [n]"""
-    logits: np.ndarray
-    """float64 [n], descending"""
-
-    def first(self, n: int) -> Candidates:
-        """The n most likely."""
-        return Candidates(self.tokens[:n], self.logits[:n])
-
-    def weights(self) -> np.ndarray:
-        """Probabilities up to a common factor (float64 [n], the first is 1)."""
-        return np.exp(self.logits - self.logits[0])
-
-    def probabilities(self) -> np.ndarray:
-        """Softmax over these candidates alone (float64 [n])."""
-        weights = self.weights()
-        return weights / weights.sum()
+    kind: int
+    value: float
 
 
-Select = Callable[[np.ndarray], Candidates]
-"""The start of a chain: candidates from the logits of the whole vocabulary (float32 [n_vocab])."""
-Step = Callable[[Candidates], Candidates]
-"""A link of a chain: fewer candidates, or the same with other logits. Never leaves none of some."""
+def make_chain(params: SamplingParams) -> list[Step]:
+    """The steps that do something for these parameters. The first one selects from the whole vocabulary.
 
-
-class _Selector:
-    """The selections that the core makes, on buffers that are allocated once."""
-
-    def __init__(self, n_vocab: int, n_candidates: int) -> None:
-        self._n_vocab = n_vocab
-        self._tokens = np.empty(n_candidates, np.int32)
-        self._values = np.empty(n_candidates, np.float32)
-        self._out = ffi.from_buffer("int32_t[]", self._tokens), ffi.from_buffer("float[]", self._values)
-
-    def __call__(self, function: Callable[..., int], logits: np.ndarray, argument: float) -> Candidates:
-        n = call(function, ffi.from_buffer("float[]", logits), self._n_vocab, argument, *self._out)
-        return Candidates(self._tokens[:n], self._values[:n].astype(np.float64))
-
-
-def select_top_k(n_vocab: int, k: int) -> Select:
-    """The k most likely tokens (k >= 1)."""
-    k = min(k, n_vocab)
-    selector = _Selector(n_vocab, k)
-    return lambda logits: selector(lib.pl_top_k, logits, k)
-
-
-def select_nucleus(n_vocab: int, p: float) -> Select:
-    """:func:`top_p` of the whole vocabulary, without sorting all of it."""
-    selector = _Selector(n_vocab, n_vocab)
-    return lambda logits: selector(lib.pl_nucleus, logits, p)
-
-
-def select_min_p(n_vocab: int, p: float) -> Select:
-    """:func:`min_p` of the whole vocabulary, without sorting all of it (p = 0: the whole vocabulary)."""
-    selector = _Selector(n_vocab, n_vocab)
-    margin = -math.log(p) if p > 0 else math.inf
-
-    def select(logits: np.ndarray) -> Candidates:
-        best = lib.pl_argmax(ffi.from_buffer("float[]", logits), n_vocab)
-        floor = min(float(logits[best]), FLOAT32_MAX) - margin if best >= 0 else 0.0
-        return selector(lib.pl_above, logits, floor)
-
-    return select
-
-
-def tail_free(z: float) -> Step:
-    """Cuts the tail where the curve of sorted probabilities has flattened out (https://trentbrick.github.io/Tail-Free-Sampling)."""
-
-    def step(c: Candidates) -> Candidates:
-        if len(c.tokens) <= 2:
-            return c
-        curvature = np.abs(np.diff(c.probabilities(), 2))
-        total = curvature.sum()
-        share = curvature / total if total > 1e-6 else np.full(len(curvature), 1 / len(curvature))
-        n = max(int(np.searchsorted(np.cumsum(share), z, side="right")), 1)
-        return c.first(n) if n < len(share) else c
-
-    return step
-
-
-def typical(p: float) -> Step:
-    """Keeps the tokens whose surprise is nearest to the expected one (Meister et al. 2022, https://arxiv.org/abs/2202.00666)."""
-
-    def step(c: Candidates) -> Candidates:
-        probabilities = c.probabilities()
-        surprise = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
-        entropy = (probabilities * surprise).sum()
-        order = np.argsort(np.abs(surprise - entropy), kind="stable")
-        n = int(np.searchsorted(np.cumsum(probabilities[order]), p, side="right")) + 1
-        kept = np.sort(order[:n])
-        return Candidates(c.tokens[kept], c.logits[kept])
-
-    return step
-
-
-def top_p(p: float) -> Step:
-    """Keeps the most likely tokens whose probabilities sum to p (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
-
-    def step(c: Candidates) -> Candidates:
-        cumulative = c.weights().cumsum()
-        return c.first(int(cumulative.searchsorted(p * cumulative[-1])) + 1)
-
-    return step
-
-
-def min_p(p: float) -> Step:
-    """Keeps tokens at least p times as likely as the most likely one."""
-    margin = -math.log(p)
-
-    def step(c: Candidates) -> Candidates:
-        return c.first(int((-c.logits).searchsorted(margin - c.logits[0], side="right")))
-
-    return step
-
-
-def temperature(t: float) -> Step:
-    """Divides the logits by t > 0. From the best one down, so that no difference gets lost in large numbers."""
-    t = max(t, SMALLEST_TEMPERATURE)
-    return lambda c: Candidates(c.tokens, (c.logits - c.logits[0]) / t)
-
-
-def make_chain(params: SamplingParams, n_vocab: int) -> tuple[Select, list[Step]]:
-    """The steps that do something for these parameters; the draw comes after them.
-
-    Without top-k, a selection takes the place of the step that would first cut the sorted vocabulary.
+    Without top-k, a selection takes the place of the step that would first cut the sorted vocabulary, so that not all of
+    it need be sorted.
     """
+    if params.temperature <= 0:
+        return [Step(lib.PL_SELECT_TOP_K, max(params.n_probs, 1))]
+    temperature = Step(lib.PL_TEMPERATURE, 0)
+    if params.mirostat:
+        select = lib.PL_SELECT_MIROSTAT_1 if params.mirostat == 1 else lib.PL_SELECT_MIROSTAT_2
+        return [Step(select, 2 * params.mirostat_tau), temperature]
     steps = []
     if params.tfs_z < 1:
-        steps.append(tail_free(params.tfs_z))
+        steps.append(Step(lib.PL_KEEP_TAIL_FREE, params.tfs_z))
     if params.typical_p < 1:
-        steps.append(typical(params.typical_p))
-    needs_all = bool(steps)
+        steps.append(Step(lib.PL_KEEP_TYPICAL, params.typical_p))
     if params.top_p < 1:
-        steps.append(top_p(params.top_p))
+        steps.append(Step(lib.PL_KEEP_TOP_P, params.top_p))
     if params.min_p > 0:
-        steps.append(min_p(params.min_p))
+        steps.append(Step(lib.PL_KEEP_MIN_P, params.min_p))
     if params.top_k > 0:
-        select = select_top_k(n_vocab, params.top_k)
-    elif needs_all:
-        select = select_min_p(n_vocab, 0.0)
-    elif params.top_p < 1:
-        select = select_nucleus(n_vocab, params.top_p)
-        del steps[0]
-    else:
-        select = select_min_p(n_vocab, params.min_p)
-        steps.clear()
-    return select, [*steps, temperature(params.temperature)]
+        return [Step(lib.PL_SELECT_TOP_K, params.top_k), *steps, temperature]
+    selections = {lib.PL_KEEP_TOP_P: lib.PL_SELECT_TOP_P, lib.PL_KEEP_MIN_P: lib.PL_SELECT_MIN_P}
+    if steps and steps[0].kind in selections:
+        return [Step(selections[steps[0].kind], steps[0].value), *steps[1:], temperature]
+    return [Step(lib.PL_SELECT_MIN_P, 0), *steps, temperature]
 
 
-# ---- choosing a token ----------------------------------------------------------------------------
-
-
-class Choice(NamedTuple):
-    """A token among the candidates that were left."""
-
-    index: int
-    candidates: Candidates
-    log_total: float
-    """Log of the sum of e^logit over all that could have been chosen: what makes logits log-probabilities."""
-
-    @property
-    def token(self) -> int:
-        return int(self.candidates.tokens[self.index])
-
-    @property
-    def surprise(self) -> float:
-        """In bits."""
-        return (self.log_total - float(self.candidates.logits[self.index])) / math.log(2)
-
-    def probabilities(self, n: int) -> list[tuple[int, float]]:
-        """The n most likely candidates with their probabilities."""
-        best = self.candidates.first(n)
-        return list(zip(best.tokens.tolist(), np.exp(best.logits - self.log_total).tolist(), strict=True))
-
-
-def draw(c: Candidates, rng: random.Random) -> Choice:
-    """A candidate, each as often as its probability says."""
-    cumulative = c.weights().cumsum()
-    total = float(cumulative[-1])
-    index = int(cumulative.searchsorted(rng.random() * total, side="right"))
-    # Rounding can turn random() * total, with random() < 1, into total.
-    return Choice(min(index, len(c.tokens) - 1), c, float(c.logits[0]) + math.log(total))
-
-
-class Chooser(Protocol):
-    """A way to get from the adjusted logits of the whole vocabulary to one token."""
-
-    def choose(self, logits: np.ndarray) -> Choice | None:
-        """Proposes a token; None when there is no candidate."""
-        ...
-
-    def accept(self, choice: Choice) -> None:
-        """Learns which proposal was taken."""
-        ...
-
-
-class Greedy:
-    """The most likely token. The probabilities are those of the whole vocabulary."""
-
-    def __init__(self, n_vocab: int, n_probs: int) -> None:
-        self._n_vocab = n_vocab
-        self._reports = n_probs > 0
-        self._select = select_top_k(n_vocab, max(n_probs, 1))
-
-    def choose(self, logits: np.ndarray) -> Choice | None:
-        candidates = self._select(logits)
-        if not len(candidates.tokens):
-            return None
-        total = lib.pl_log_sum_exp(ffi.from_buffer("float[]", logits), self._n_vocab, 1.0) if self._reports else 0.0
-        return Choice(0, candidates, total)
-
-    def accept(self, choice: Choice) -> None:
-        """Nothing to learn."""
-
-
-class Chain:
-    """A draw from what the chain of :func:`make_chain` leaves."""
-
-    def __init__(self, params: SamplingParams, n_vocab: int, rng: random.Random) -> None:
-        self._select, self._steps = make_chain(params, n_vocab)
-        self._rng = rng
-
-    def choose(self, logits: np.ndarray) -> Choice | None:
-        candidates = self._select(logits)
-        if not len(candidates.tokens):
-            return None
-        for step in self._steps:
-            candidates = step(candidates)
-        return draw(candidates, self._rng)
-
-    def accept(self, choice: Choice) -> None:
-        """Nothing to learn."""
-
-
-class Mirostat:
-    """Mirostat (Basu et al. 2020, https://arxiv.org/abs/2007.14966): candidates are cut so that the surprise of what is
-    drawn stays near tau bits. `mu`, the bound on surprise, is corrected after every token."""
-
-    def __init__(self, params: SamplingParams, n_vocab: int, rng: random.Random) -> None:
-        self._n_vocab = n_vocab
-        self._temperature = max(params.temperature, SMALLEST_TEMPERATURE)
-        self._scale = temperature(params.temperature)
-        self._select = _Selector(n_vocab, n_vocab)
-        self._rng = rng
-        self._tau, self._eta = params.mirostat_tau, params.mirostat_eta
-        self.mu = 2 * params.mirostat_tau
-
-    def candidates(self, logits: np.ndarray) -> Candidates:
-        """What may be drawn while mu is as it is."""
-        raise NotImplementedError
-
-    def choose(self, logits: np.ndarray) -> Choice | None:
-        candidates = self.candidates(logits)
-        return draw(self._scale(candidates), self._rng) if len(candidates.tokens) else None
-
-    def accept(self, choice: Choice) -> None:
-        self.mu -= self._eta * (choice.surprise - self._tau)
-
-
-class Mirostat1(Mirostat):
-    """Version 1: takes the distribution for Zipf's, estimates its exponent s from the 100 most likely tokens, and from
-    s and mu the k of a top-k."""
-
-    def candidates(self, logits: np.ndarray) -> Candidates:
-        best = self._select(lib.pl_top_k, logits, 100)
-        return self._select(lib.pl_top_k, logits, self._k(best.logits / self._temperature))
-
-    def _k(self, logits: np.ndarray) -> int:
-        if len(logits) < 2:
-            return 1
-        rank = np.arange(1, len(logits))
-        t = np.log((rank + 1) / rank)
-        s = float(-(t * np.diff(logits)).sum() / (t * t).sum())
-        # k = (e 2^mu / (1 - N^-e))^(1/s) with e = s - 1, in logarithms; e / (1 - N^-e) tends to 1 / ln N for e = 0.
-        log_n, e = math.log(self._n_vocab), s - 1
-        ratio = -e / math.expm1(-e * log_n) if abs(e) > 1e-9 else 1 / log_n
-        log_k_s = math.log(ratio) + self.mu * math.log(2)
-        if log_k_s <= 0:
-            return 1
-        return int(math.exp(log_k_s / s)) if log_k_s < s * log_n else self._n_vocab
-
-
-class Mirostat2(Mirostat):
-    """Version 2: leaves out what would surprise by more than mu bits."""
-
-    def candidates(self, logits: np.ndarray) -> Candidates:
-        data = ffi.from_buffer("float[]", logits)
-        best = lib.pl_argmax(data, self._n_vocab)
-        log_total = lib.pl_log_sum_exp(data, self._n_vocab, 1 / self._temperature)
-        floor = self._temperature * (log_total - self.mu * math.log(2))
-        return self._select(lib.pl_above, logits, min(floor, float(logits[best])) if best >= 0 else 0.0)
-
-
-def make_chooser(params: SamplingParams, n_vocab: int, rng: random.Random) -> Chooser:
-    """The way of choosing that the parameters ask for."""
-    if params.temperature <= 0:
-        return Greedy(n_vocab, params.n_probs)
-    if params.mirostat:
-        return (Mirostat1 if params.mirostat == 1 else Mirostat2)(params, n_vocab, rng)
-    return Chain(params, n_vocab, rng)
+SMALLEST_TEMPERATURE = 1e-10
+"""Already sends every difference between float32 logits beyond e^-700."""
 
 
 # ---- the sampler of a sequence -------------------------------------------------------------------
@@ -487,60 +220,6 @@ class Sample(NamedTuple):
     """Log-probability of the token by the model alone, before any bias, penalty or grammar (only with `n_probs`)."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """The `n_probs` most likely (token, log-probability) pairs by the model alone, best first."""
-
-
-class RecentTokens:
-    """How often each token is among the last `size` ones, kept in arrays that the core reads."""
-
-    def __init__(self, size: int, n_vocab: int, exempt: int | None, tokens: Sequence[int]) -> None:
-        self._n_vocab = n_vocab
-        self._exempt = exempt
-        self._window: deque[int] = deque()
-        self._size = size
-        self._slots: dict[int, int] = {}
-        self._tokens = ffi.new("int32_t[]", size)
-        self._counts = ffi.new("int32_t[]", size)
-        for token in tokens[-size:]:
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        """Appends a token; the oldest one leaves when there are more than `size`."""
-        if len(self._window) == self._size:
-            self._forget(self._window.popleft())
-        self._window.append(token)
-        if token == self._exempt or not 0 <= token < self._n_vocab:
-            return
-        slot = self._slots.setdefault(token, len(self._slots))
-        self._tokens[slot] = token
-        self._counts[slot] += 1
-
-    def _forget(self, token: int) -> None:
-        slot = self._slots.get(token)
-        if slot is None:
-            return
-        self._counts[slot] -= 1
-        if self._counts[slot] == 0:  # the last slot moves here, so that the used ones stay together
-            del self._slots[token]
-            last = len(self._slots)
-            if slot != last:
-                moved = self._tokens[last]
-                self._slots[moved] = slot
-                self._tokens[slot], self._counts[slot] = moved, self._counts[last]
-                self._counts[last] = 0
-
-    def penalize(self, logits: np.ndarray, params: SamplingParams) -> None:
-        """Applies the repeat, frequency and presence penalties in place."""
-        call(
-            lib.pl_penalize,
-            ffi.from_buffer("float[]", logits),
-            self._n_vocab,
-            self._tokens,
-            self._counts,
-            len(self._slots),
-            params.repeat_penalty,
-            params.frequency_penalty,
-            params.presence_penalty,
-        )
 
 
 class Sampler:
@@ -564,23 +243,61 @@ class Sampler:
         self.finished = False
         """The grammar permits nothing but the end: the next sample is an end token, whatever the logits."""
         self._tokenizer = tokenizer
-        n_vocab = self._n_vocab = tokenizer.n_vocab
+        self._n_vocab = tokenizer.n_vocab
         self._eog = np.array(sorted(tokenizer.eog_ids), np.int32)
-        bias = {token: value for token, value in params.logit_bias if 0 <= token < n_vocab}
-        if params.ignore_eos:
-            bias.update(dict.fromkeys(tokenizer.eog_ids, -math.inf))
-        self._biased = np.array(list(bias.keys()), np.int32)
-        self._bias = np.array(list(bias.values()), np.float32)
-        self._recent = None
-        if params.penalizes:
-            size = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
-            tokens = prompt_tokens if params.penalty_prompt is None else params.penalty_prompt
-            self._recent = RecentTokens(size, n_vocab, None if params.penalize_nl else tokenizer.nl_id, tokens)
-        seed = params.seed & RANDOM_SEED
-        self._chooser = make_chooser(params, n_vocab, random.Random(None if seed == RANDOM_SEED else seed))
+        self._n_probs = min(params.n_probs, tokenizer.n_vocab)
         self._matcher: Matcher | None = Grammar.parse(params.grammar).matcher() if params.grammar else None
-        self._n_probs = min(params.n_probs, n_vocab)
-        self._most_likely = select_top_k(n_vocab, self._n_probs) if self._n_probs else None
+        seed = params.seed & RANDOM_SEED
+        self._random = random.Random(None if seed == RANDOM_SEED else seed).random if params.temperature > 0 else _zero
+        self._core = ffi.new("pl_sampling *", {"n_vocab": tokenizer.n_vocab})
+        self._error = ffi.new("pl_error *")
+        self._set_biases()
+        self._set_penalties(prompt_tokens, n_ctx)
+        self._set_chain()
+
+    def _set_biases(self) -> None:
+        biases = {token: bias for token, bias in self.params.logit_bias if 0 <= token < self._n_vocab}
+        if self.params.ignore_eos:
+            biases.update(dict.fromkeys(self._tokenizer.eog_ids, -math.inf))
+        self._biases = ffi.new("int32_t[]", list(biases)), ffi.new("float[]", list(biases.values()))
+        self._core.n_biased = len(biases)
+        self._core.biased, self._core.bias = self._biases
+
+    def _set_penalties(self, prompt_tokens: Sequence[int], n_ctx: int) -> None:
+        params = self.params
+        size = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
+        self._n_window = size if params.penalizes else 0
+        tokens = prompt_tokens if params.penalty_prompt is None else params.penalty_prompt
+        recent = [token if 0 <= token < self._n_vocab else -1 for token in tokens[-size:]] if self._n_window else []
+        self._window = ffi.new("int32_t[]", self._n_window)
+        """A ring of the recent tokens."""
+        self._window[0 : len(recent)] = recent
+        self._oldest = len(recent) % size if self._n_window else 0
+        """Where the next token goes."""
+        core = self._core
+        core.recent, core.n_recent = self._window, len(recent)
+        core.exempt = -1 if params.penalize_nl or self._tokenizer.nl_id is None else self._tokenizer.nl_id
+        core.repeat, core.frequency, core.presence = (
+            params.repeat_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+
+    def _set_chain(self) -> None:
+        chain, core = make_chain(self.params), self._core
+        self._steps = ffi.new("pl_sampling_step[]", [tuple(step) for step in chain])
+        room = self._n_vocab
+        if chain[0].kind == lib.PL_SELECT_TOP_K:
+            room = min(chain[0].value, room)
+        self._candidates = np.empty(room, np.int32), np.empty((2, room), np.float64)
+        core.steps, core.n_steps = self._steps, len(chain)
+        core.temperature = max(self.params.temperature, SMALLEST_TEMPERATURE)
+        core.room = room
+        core.tokens = ffi.from_buffer("int32_t[]", self._candidates[0])
+        core.logits = ffi.from_buffer("double[]", self._candidates[1][0])
+        core.work = ffi.from_buffer("double[]", self._candidates[1][1])
+
+    # ---- one token -------------------------------------------------------------------------------
 
     def sample(self, logits: np.ndarray) -> Sample:
         """Chooses the next token and counts it as part of the sequence.
@@ -597,21 +314,24 @@ class Sampler:
         raw = logits.copy() if self._n_probs else None
         if self.finished:
             return self._end(raw)
-        if len(self._biased):
-            with np.errstate(invalid="ignore", over="ignore"):
-                logits[self._biased] += self._bias
-        if self._recent is not None:
-            self._recent.penalize(logits, self.params)
-        choice = self._chooser.choose(logits)
-        if self._matcher is not None and not (choice and self._is_permitted(choice.token)):
+        token = self._choose(lib.pl_sample, logits)
+        if self._matcher is not None and not (token is not None and self._is_permitted(token)):
             self._ban_what_is_not_permitted(logits, self._matcher)
-            choice = self._chooser.choose(logits)
-            if choice is None and self._matcher.can_end:
+            token = self._choose(lib.pl_choose, logits)
+            if token is None and self._matcher.can_end:
                 return self._end(raw)  # the end is all that the grammar and the biases leave, and a bias bans that too
-        if choice is None:
+        if token is None:
             raise SamplingError(self._why_nothing())
-        self._accept(choice)
-        return self._report(choice.token, self._probs(choice, logits), raw)
+        self._accept(token)
+        return Sample(token) if raw is None else self._report(token, self._probs(logits), raw)
+
+    def _choose(self, function: Callable[..., int], logits: np.ndarray) -> int | None:
+        """Runs the chain and draws; None when there is nothing to draw."""
+        core = self._core
+        n = function(core, ffi.from_buffer("float[]", logits), self._random(), self._error)
+        if n < 0:
+            raise CoreError(ffi.string(self._error.message).decode())
+        return core.tokens[core.chosen] if n else None
 
     def _is_permitted(self, token: int) -> bool:
         """Whether the grammar lets this token come next."""
@@ -626,11 +346,15 @@ class Sampler:
         matcher.mask(token_trie(self._tokenizer), logits)
         logits[self._eog] = ends if matcher.can_end else -math.inf
 
-    def _accept(self, choice: Choice) -> None:
-        token = choice.token
-        self._chooser.accept(choice)
-        if self._recent is not None:
-            self._recent.add(token)
+    def _accept(self, token: int) -> None:
+        core = self._core
+        if self._n_window:
+            self._window[self._oldest] = token
+            self._oldest = (self._oldest + 1) % self._n_window
+            core.n_recent = min(core.n_recent + 1, self._n_window)
+        if self.params.mirostat and self.params.temperature > 0:
+            surprise = (core.log_total - core.logits[core.chosen]) / math.log(2)
+            self._steps[0].value -= self.params.mirostat_eta * (surprise - self.params.mirostat_tau)
         if self._matcher is not None:
             if token in self._tokenizer.eog_ids:
                 self.finished = True
@@ -644,30 +368,48 @@ class Sampler:
         if tokenizer.eos_id is None and not tokenizer.eog_ids:
             raise SamplingError("the grammar is complete, but the vocabulary has no token that says so")
         token = tokenizer.eos_id if tokenizer.eos_id is not None else min(tokenizer.eog_ids)
-        return self._report(token, [(token, 1.0)], raw)
+        return Sample(token) if raw is None else self._report(token, [(token, 1.0)], raw)
 
     def _why_nothing(self) -> str:
         if self._matcher is not None:
             return "no token of the vocabulary can continue the text in the way that the grammar wants"
         return "no token can be drawn: every logit is -inf or not a number"
 
-    def _probs(self, choice: Choice, logits: np.ndarray) -> list[tuple[int, float]]:
-        """The most likely candidates of a choice; where the chain left fewer, the best of what it cut off."""
-        if self._most_likely is None:
-            return []
-        probs = choice.probabilities(self._n_probs)
-        if len(probs) < self._n_probs:
-            left = {token for token, _ in probs}
-            cut = [token for token in self._most_likely(logits).tokens.tolist() if token not in left]
-            probs += [(token, 0.0) for token in cut[: self._n_probs - len(probs)]]
-        return probs
+    # ---- what is told about it -------------------------------------------------------------------
 
-    def _report(self, token: int, probs: list[tuple[int, float]], raw: np.ndarray | None) -> Sample:
-        if raw is None or self._most_likely is None:
-            return Sample(token)
-        log_total = lib.pl_log_sum_exp(ffi.from_buffer("float[]", raw), self._n_vocab, 1.0)
-        best = self._most_likely(raw)
-        top = zip(best.tokens.tolist(), (best.logits - log_total).tolist(), strict=True)
+    def _most_likely(self, logits: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """The `n_probs` tokens with the largest logits, and these."""
+        tokens, values = np.empty(self._n_probs, np.int32), np.empty(self._n_probs, np.float64)
+        out = ffi.from_buffer("int32_t[]", tokens), ffi.from_buffer("double[]", values)
+        n = call(lib.pl_top_k, ffi.from_buffer("float[]", logits), self._n_vocab, self._n_probs, *out)
+        return tokens[:n].tolist(), values[:n]
+
+    def _log_total(self, logits: np.ndarray) -> float:
+        return lib.pl_log_sum_exp(ffi.from_buffer("float[]", logits), self._n_vocab, 1.0)
+
+    def _probs(self, logits: np.ndarray) -> list[tuple[int, float]]:
+        """The most likely candidates of the last choice; where the chain left fewer, the best of what it cut off."""
+        core = self._core
+        n = min(core.n_candidates, self._n_probs)
+        # Greedy sampling selects only what is reported; the probabilities are those of the whole vocabulary.
+        log_total = core.log_total if self.params.temperature > 0 else self._log_total(logits)
+        tokens = self._candidates[0][:n].tolist()
+        probs = np.exp(self._candidates[1][0][:n] - log_total).tolist()
+        if n < self._n_probs:
+            left = set(tokens)
+            cut = [token for token in self._most_likely(logits)[0] if token not in left][: self._n_probs - n]
+            tokens += cut
+            probs += [0.0] * len(cut)
+        return list(zip(tokens, probs))
+
+    def _report(self, token: int, probs: list[tuple[int, float]], raw: np.ndarray) -> Sample:
+        log_total = self._log_total(raw)
+        tokens, values = self._most_likely(raw)
         logit = min(float(raw[token]), FLOAT32_MAX)
         logprob = logit - log_total if logit > -math.inf else -math.inf
-        return Sample(token, tuple(probs), logprob, tuple(top))
+        return Sample(token, tuple(probs), logprob, tuple(zip(tokens, (values - log_total).tolist())))
+
+
+def _zero() -> float:
+    """In place of a random number, for the best candidate."""
+    return 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 
 import numpy as np
@@ -13,15 +12,7 @@ from hypothesis import strategies as st
 
 from pyllama.core import CoreError, call, ffi, lib
 from pyllama.grammar import GrammarError
-from pyllama.sampling import (
-    Mirostat1,
-    Mirostat2,
-    RecentTokens,
-    Sampler,
-    SamplingError,
-    SamplingParams,
-    make_chain,
-)
+from pyllama.sampling import Sampler, SamplingError, SamplingParams, Step, make_chain
 from tests.vocabulary import Vocabulary
 
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "temperature": 1.0}
@@ -131,24 +122,47 @@ def usable(logits):
     return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
 
 
-def run_selection(function, logits, argument, room=None):
-    room = len(logits) if room is None else room
-    tokens, values = np.full(room + 1, -7, np.int32), np.full(room + 1, 77, np.float32)
-    data = ffi.from_buffer("float[]", logits)
-    out = ffi.from_buffer("int32_t[]", tokens), ffi.from_buffer("float[]", values)
-    n = call(function, data, len(logits), argument, *out)
-    assert tokens[room] == -7
-    assert values[room] == 77
-    return list(zip(values[:n].tolist(), tokens[:n].tolist(), strict=True))
+class Core:
+    """The core's side of a sampler, with buffers that are checked for writes beyond their end."""
+
+    def __init__(self, steps, n, *, room=None, **fields):
+        self.room = n if room is None else room
+        self.tokens = np.full(self.room + 1, -7, np.int32)
+        self.logits, self.work = np.full(self.room + 1, 77.0), np.full(self.room + 1, 78.0)
+        self.steps = ffi.new("pl_sampling_step[]", steps)
+        self.struct = ffi.new("pl_sampling *", {"temperature": 1.0, "exempt": -1, "repeat": 1.0, **fields})
+        self.struct.n_vocab, self.struct.steps, self.struct.n_steps = n, self.steps, len(steps)
+        self.struct.room, self.struct.tokens = self.room, ffi.from_buffer("int32_t[]", self.tokens)
+        self.struct.logits = ffi.from_buffer("double[]", self.logits)
+        self.struct.work = ffi.from_buffer("double[]", self.work)
+
+    def run(self, logits, random=0.0):
+        """[(logit, token)] of the candidates"""
+        n = call(lib.pl_sample, self.struct, ffi.from_buffer("float[]", logits), random)
+        assert (self.tokens[self.room], self.logits[self.room], self.work[self.room]) == (-7, 77, 78)
+        return list(zip(self.logits[:n].tolist(), self.tokens[:n].tolist()))
+
+
+def selected(kind, logits, value):
+    """[(logit, token)] that a selection takes"""
+    return Core([(kind, value)], len(logits)).run(logits) if len(logits) else []
+
+
+def top_k(logits, k):
+    n = min(k, len(logits))
+    tokens, values = np.full(n + 1, -7, np.int32), np.full(n + 1, 77.0)
+    out = ffi.from_buffer("int32_t[]", tokens), ffi.from_buffer("double[]", values)
+    count = call(lib.pl_top_k, ffi.from_buffer("float[]", logits), len(logits), k, *out)
+    assert (tokens[n], values[n]) == (-7, 77)
+    return list(zip(values[:count].tolist(), tokens[:count].tolist()))
 
 
 @given(st.lists(logit_values, max_size=300), st.integers(1, 310))
 @settings(max_examples=200, deadline=None)
-def test_top_k_and_argmax_of_odd_values(values, k):
+def test_top_k_of_odd_values(values, k):
     logits = as_float32(values)
-    expected = usable(logits)
-    assert run_selection(lib.pl_top_k, logits, k, min(k, len(logits))) == expected[:k]
-    assert lib.pl_argmax(ffi.from_buffer("float[]", logits), len(logits)) == (expected[0][1] if expected else -1)
+    assert top_k(logits, k) == usable(logits)[:k]
+    assert selected(lib.PL_SELECT_TOP_K, logits, k) == usable(logits)[:k]
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 4096, 50_000, 262_144])
@@ -165,23 +179,26 @@ def test_top_k_of_whole_vocabularies(n, kind):
     }[kind]()
     order = np.argsort(-logits, kind="stable")
     for k in (1, 2, 40, 255, 256, 257, 1000, n):
-        found = run_selection(lib.pl_top_k, logits, k, min(k, n))
+        found = top_k(logits, k)
         assert [token for _, token in found] == order[:k].tolist()
         assert [value for value, _ in found] == logits[order[:k]].tolist()
 
 
-@given(st.lists(logit_values, max_size=300), st.floats(width=32, allow_nan=False))
+@given(st.lists(logit_values, max_size=300), st.one_of(st.just(0.0), st.floats(1e-6, 1)))
 @settings(max_examples=200, deadline=None)
-def test_above(values, floor):
+def test_min_p_of_odd_values(values, p):
     logits = as_float32(values)
-    reached = [pair for pair in usable(logits) if logits[pair[1]] >= floor]
-    assert run_selection(lib.pl_above, logits, floor) == reached
+    expected = usable(logits)
+    if p > 0 and expected:
+        floor = np.float32(expected[0][0] + math.log(p))
+        expected = [pair for pair in expected if pair[0] >= floor]
+    assert selected(lib.PL_SELECT_MIN_P, logits, p) == expected
 
 
 def test_everything_sorted():
     logits = random_logits(np.random.default_rng(1), 20_000)
     order = np.argsort(-logits, kind="stable")
-    assert [token for _, token in run_selection(lib.pl_above, logits, -math.inf)] == order.tolist()
+    assert [token for _, token in selected(lib.PL_SELECT_MIN_P, logits, 0)] == order.tolist()
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 1000, 49_152])
@@ -208,7 +225,7 @@ def test_log_sum_exp_of_odd_values():
 @settings(max_examples=100, deadline=None)
 def test_nucleus(n, p, spread, seed):
     logits = random_logits(np.random.default_rng(seed), n, spread)
-    found = run_selection(lib.pl_nucleus, logits, p)
+    found = selected(lib.PL_SELECT_TOP_P, logits, p)
     order = np.argsort(-logits, kind="stable")
     weights = np.exp(logits[order].astype(np.float64) - logits[order[0]])
     cumulative = np.cumsum(weights) / weights.sum()
@@ -217,17 +234,38 @@ def test_nucleus(n, p, spread, seed):
     assert len(found) == 1 or cumulative[len(found) - 2] < p + 1e-6
 
 
-def test_helpers_refuse_nonsense():
-    logits = as_float32([1, 2])
-    data, out = ffi.from_buffer("float[]", logits), (ffi.new("int32_t[2]"), ffi.new("float[2]"))
-    with pytest.raises(CoreError, match="k >= 1"):
-        call(lib.pl_top_k, data, 2, 0, *out)
-    for function in (lib.pl_top_k, lib.pl_above, lib.pl_nucleus):
-        with pytest.raises(CoreError, match="negative"):
-            call(function, data, -1, 1, *out)
-    for token in (-1, 2):
+@pytest.mark.parametrize(
+    ("steps", "fields", "message"),
+    [
+        ([], {}, "wants a vocabulary, steps"),
+        ([(lib.PL_TEMPERATURE, 0)], {}, "cannot begin"),
+        ([(99, 0)], {}, "cannot begin"),
+        ([(lib.PL_SELECT_TOP_K, 2), (lib.PL_SELECT_TOP_K, 2)], {}, "cannot go on"),
+        ([(lib.PL_SELECT_TOP_K, 2), (-1, 2)], {}, "cannot go on"),
+        ([(lib.PL_SELECT_TOP_K, 0)], {}, "k >= 1"),
+        ([(lib.PL_SELECT_TOP_K, 2)], {"room": 1}, "room for 1"),
+        ([(lib.PL_SELECT_TOP_P, 0.5)], {"room": 2}, "room for 2"),
+        ([(lib.PL_SELECT_TOP_K, 2)], {"temperature": 0.0}, "temperature above 0"),
+        ([(lib.PL_SELECT_TOP_K, 2)], {"temperature": math.nan}, "temperature above 0"),
+    ],
+)
+def test_wrong_chains_are_refused(steps, fields, message):
+    with pytest.raises(CoreError, match=message):
+        Core(steps, 3, **fields).run(np.zeros(3, np.float32))
+
+
+def test_other_nonsense_is_refused():
+    core = Core([(lib.PL_SELECT_TOP_K, 1)], 3, n_biased=1)
+    for token in (-1, 3):
+        biased, bias = ffi.new("int32_t[]", [token]), ffi.new("float[]", [1.0])
+        core.struct.biased, core.struct.bias = biased, bias
         with pytest.raises(CoreError, match="not in the vocabulary"):
-            call(lib.pl_penalize, data, 2, ffi.new("int32_t[]", [token]), ffi.new("int32_t[]", [1]), 1, 1.1, 0.0, 0.0)
+            core.run(np.zeros(3, np.float32))
+    out = ffi.new("int32_t[2]"), ffi.new("double[2]")
+    with pytest.raises(CoreError, match="k >= 1"):
+        call(lib.pl_top_k, ffi.new("float[2]"), 2, 0, *out)
+    with pytest.raises(CoreError, match="negative"):
+        call(lib.pl_top_k, ffi.new("float[2]"), -1, 1, *out)
 
 
 # ---- plain re-implementations of the steps -------------------------------------------------------
@@ -392,33 +430,40 @@ def test_whole_chains_against_their_plain_form(seed, n, spread, params):
 
 
 def test_only_steps_that_do_something_are_in_the_chain():
-    def steps(**params):
-        return len(make_chain(SamplingParams(**params), 100)[1])
+    def chain(**params):
+        return make_chain(SamplingParams(**{**NEUTRAL, **params}))
 
-    assert steps() == 3  # top-p, min-p, temperature
-    assert steps(**NEUTRAL) == 1
-    assert steps(top_k=0) == 2  # the nucleus is selected
-    assert steps(top_k=0, top_p=1.0) == 1  # min-p selects
-    assert steps(top_k=0, tfs_z=0.9, typical_p=0.9) == 5
+    temperature = Step(lib.PL_TEMPERATURE, 0)
+    assert chain(top_k=5) == [(lib.PL_SELECT_TOP_K, 5), temperature]
+    assert chain() == [(lib.PL_SELECT_MIN_P, 0), temperature]
+    assert chain(min_p=0.1) == [(lib.PL_SELECT_MIN_P, 0.1), temperature]
+    assert chain(top_p=0.9, min_p=0.1) == [(lib.PL_SELECT_TOP_P, 0.9), (lib.PL_KEEP_MIN_P, 0.1), temperature]
+    assert chain(temperature=0, top_p=0.9, mirostat=2, n_probs=3) == [(lib.PL_SELECT_TOP_K, 3)]
+    assert chain(mirostat=1, top_k=5) == [(lib.PL_SELECT_MIROSTAT_1, 10.0), temperature]
+    kinds = [step.kind for step in chain(top_k=9, tfs_z=0.9, typical_p=0.9, top_p=0.9, min_p=0.1)]
+    assert kinds == [
+        lib.PL_SELECT_TOP_K,
+        lib.PL_KEEP_TAIL_FREE,
+        lib.PL_KEEP_TYPICAL,
+        lib.PL_KEEP_TOP_P,
+        lib.PL_KEEP_MIN_P,
+        lib.PL_TEMPERATURE,
+    ]
 
 
 # ---- penalties and biases ------------------------------------------------------------------------
 
 
-@given(
-    st.lists(st.integers(-1, 12), max_size=60),
-    st.integers(1, 20),
-    st.sampled_from([None, 3]),
-)
-@settings(max_examples=200, deadline=None)
-def test_recent_tokens_are_counted(tokens, size, exempt):
-    recent = RecentTokens(size, 10, exempt, tokens[: len(tokens) // 2])
-    for token in tokens[len(tokens) // 2 :]:
-        recent.add(token)
-    expected = Counter(t for t in tokens[-size:] if t != exempt and 0 <= t < 10)
-    # With a repeat penalty of 1 and a frequency penalty of 1, counts can be read off the logits.
-    logits = np.zeros(10, np.float32)
-    recent.penalize(logits, SamplingParams(repeat_penalty=1.0, frequency_penalty=1.0))
+@pytest.mark.parametrize("n_recent", [0, 1, 5, 255, 256, 257, 5000])
+def test_recent_tokens_are_counted(n_recent):
+    """With a repeat penalty of 1 and a frequency penalty of 1, counts can be read off the logits."""
+    rng = np.random.default_rng(n_recent)
+    tokens = rng.integers(-1, 320, n_recent).tolist()
+    recent = ffi.new("int32_t[]", tokens)
+    core = Core([(lib.PL_SELECT_TOP_K, 1)], 300, n_recent=n_recent, recent=recent, exempt=3, frequency=1.0)
+    logits = np.zeros(300, np.float32)
+    core.run(logits)
+    expected = Counter(t for t in tokens if t != 3 and 0 <= t < 300)
     assert {t: -int(x) for t, x in enumerate(logits) if x} == expected
 
 
@@ -572,6 +617,10 @@ def plain_mirostat2_candidates(logits, params, mu):
     return kept or candidates[:1]
 
 
+def mu_of(sampling):
+    return sampling._steps[0].value
+
+
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("settings_", [{}, {"temperature": 1.7, "mirostat_tau": 2.0, "mirostat_eta": 0.3}], ids=str)
 def test_mirostat_against_its_plain_form(version, settings_):
@@ -588,7 +637,7 @@ def test_mirostat_against_its_plain_form(version, settings_):
         expected = {token: p for (token, _), p in zip(candidates, softmax(candidates), strict=True)}
         assert_same_distribution({t: p for t, p in found.probs if p > 0}, expected, slack=1)
         mu -= params.mirostat_eta * (-math.log2(dict(found.probs)[found.token]) - params.mirostat_tau)
-        assert sampling._chooser.mu == pytest.approx(mu, rel=1e-4)
+        assert mu_of(sampling) == pytest.approx(mu, rel=1e-4)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -606,22 +655,19 @@ def test_mirostat_keeps_the_surprise_near_tau(version):
     assert np.mean(surprises[100:]) == pytest.approx(3.0, abs=0.15)
 
 
-@pytest.mark.parametrize("kind", [Mirostat1, Mirostat2])
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     "logits",
     [[1.0], [1.0, 1.0], [0.0] * 50, [3.4e38, -3.4e38], [math.inf, 0.0, math.nan], [5.0, -math.inf], [1e-3] * 2 + [0]],
     ids=str,
 )
-def test_mirostat_on_odd_logits(kind, logits):
-    n = len(logits)
+def test_mirostat_on_odd_logits(version, logits):
     for mu in (-1e30, 0.0, 10.0, 1e30):
-        chooser = kind(SamplingParams(mirostat_eta=1.0), n, random.Random(1))
-        chooser.mu = mu
-        choice = chooser.choose(np.array(logits, np.float32))
-        assert 0 <= choice.token < n
-        chooser.accept(choice)
-        assert math.isfinite(chooser.mu)
-    assert kind(SamplingParams(), n, random.Random(1)).choose(np.full(n, -np.inf, np.float32)) is None
+        sampling = sampler(len(logits), mirostat=version, mirostat_eta=1.0, seed=1)
+        sampling._steps[0].value = mu
+        for _ in range(3):
+            assert logits[sampling.sample(np.array(logits, np.float32)).token] > -math.inf
+            assert math.isfinite(mu_of(sampling))
 
 
 # ---- what is reported ----------------------------------------------------------------------------
@@ -818,10 +864,10 @@ def test_end_tokens_that_have_a_text_end_all_the_same():
 def test_mirostat_learns_from_the_token_that_was_taken():
     params = SamplingParams(mirostat=2, grammar='root ::= "a"+', seed=1, n_probs=10, repeat_penalty=1.0)
     sampling = Sampler(params, words(), (), 9)
-    mu = sampling._chooser.mu
+    mu = mu_of(sampling)
     for _ in range(10):
         found = sampling.sample(np.array([0, 0, 3, 3, 3, 3, 0, 0, 0, 0], np.float32))
         mu -= 0.1 * (-math.log2(dict(found.probs)[found.token]) - 5.0)
-        assert sampling._chooser.mu == pytest.approx(mu)
+        assert mu_of(sampling) == pytest.approx(mu)
         if sampling.finished:
             break

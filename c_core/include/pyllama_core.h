@@ -221,23 +221,62 @@ int32_t pl_kv_copy(const pl_program *p, const int32_t *src_blocks, int32_t n_src
 /* ---- sampling helpers (c_core/src/sampling.c) ---------------------------------------------------------------------- */
 
 /* Logits that are NaN or -infinity are never taken; +infinity counts as the largest finite number. Of two equal logits the
- * one with the lower token number is the better. Nothing here changes `logits` but pl_penalize and pl_matcher_mask. */
+ * one with the lower token number is the better. */
 
-/* The token with the largest logit, or -1 when there is none to take. */
-int32_t pl_argmax(const float *logits, int32_t n);
 /* log(sum of e^(logit * scale)), scale > 0; -infinity when there is nothing to sum. */
-double pl_log_sum_exp(const float *logits, int32_t n, float scale);
-/* The following three write token numbers and logits, the best first, and return how many. */
-/* The k >= 1 best; tokens[k], values[k]. */
-int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *tokens, float *values, pl_error *err);
-/* All that are at least `floor`; tokens[n], values[n]. */
-int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, float *values, pl_error *err);
-/* The fewest, and at least one, whose probabilities sum to p or more; tokens[n], values[n]. */
-int32_t pl_nucleus(const float *logits, int32_t n, double p, int32_t *tokens, float *values, pl_error *err);
-/* Lowers the logits of tokens that occurred counts[i] > 0 times: positive ones are divided by `repeat`, the others multiplied
- * with it, then `frequency` times the count and `presence` are subtracted. No token may be given twice. */
-int32_t pl_penalize(float *logits, int32_t n, const int32_t *tokens, const int32_t *counts, int32_t n_tokens, float repeat,
-                    float frequency, float presence, pl_error *err);
+double pl_log_sum_exp(const float *logits, int32_t n, double scale);
+/* Writes the k >= 1 best tokens[k] and their logits, the best first, and returns how many there are. */
+int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *tokens, double *values, pl_error *err);
+
+/* The first step of a chain selects candidates from the whole vocabulary, the others thin them out. */
+enum pl_sampling_step_kind {
+    PL_SELECT_TOP_K = 0,      /* value: k >= 1 */
+    PL_SELECT_TOP_P = 1,      /* p; the same as PL_KEEP_TOP_P of everything */
+    PL_SELECT_MIN_P = 2,      /* p, 0: everything; the same as PL_KEEP_MIN_P of everything */
+    PL_SELECT_MIROSTAT_1 = 3, /* mu */
+    PL_SELECT_MIROSTAT_2 = 4, /* mu */
+    PL_KEEP_TAIL_FREE = 5,    /* z */
+    PL_KEEP_TYPICAL = 6,      /* p */
+    PL_KEEP_TOP_P = 7,        /* p */
+    PL_KEEP_MIN_P = 8,        /* p > 0 */
+    PL_TEMPERATURE = 9        /* divides the logits by the temperature; the value is not looked at */
+};
+
+typedef struct pl_sampling_step {
+    int32_t kind; /* enum pl_sampling_step_kind */
+    double value;
+} pl_sampling_step;
+
+/* How to get from logits to a token; the caller owns everything that is pointed to. */
+typedef struct pl_sampling {
+    int32_t n_vocab;
+    int32_t n_biased; /* biased tokens, and what is added to their logits */
+    const int32_t *biased;
+    const float *bias;
+    int32_t n_recent; /* tokens that are penalized, in any order; those outside the vocabulary and `exempt` are not */
+    const int32_t *recent;
+    int32_t exempt;             /* -1: none */
+    float repeat;               /* > 0: positive logits are divided by it, the others multiplied with it */
+    float frequency, presence;  /* subtracted for each time, and once */
+    int32_t n_steps;
+    const pl_sampling_step *steps;
+    double temperature; /* > 0; also used by mirostat's selections */
+    /* The candidates at the end of the chain, the best first, are written here. Room for k if top-k selects, for the whole
+     * vocabulary otherwise. */
+    int32_t room;
+    int32_t *tokens;
+    double *logits;
+    double *work; /* as large */
+    int32_t n_candidates;
+    int32_t chosen;   /* index of the drawn candidate */
+    double log_total; /* log of the sum of e^logit over the candidates */
+} pl_sampling;
+
+/* Adds the biases to the logits and penalizes recent tokens, in place, then does the same as pl_choose. */
+int32_t pl_sample(pl_sampling *sampling, float *logits, double random, pl_error *err);
+/* Runs the chain and draws one of the candidates by a random number 0 <= random < 1 (0: the best one). Returns their number, which
+ * is 0 when there is no logit to take. */
+int32_t pl_choose(pl_sampling *sampling, const float *logits, double random, pl_error *err);
 
 /*
  * Grammars (c_core/src/grammar.c). A grammar is a network of nodes; every rule has its own. Matching is over code points:

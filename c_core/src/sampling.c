@@ -1,373 +1,264 @@
 /*
- * sampling.c - the steps of sampling that look at the whole vocabulary.
- *
- * A candidate is one 64-bit number: the logit's bits, turned so that larger means better, above the inverted token number.
- * Comparing candidates is then comparing integers, and of two equal logits the lower token number is the better one. NaN and
- * -infinity are never candidates; +infinity counts as the largest finite number.
+ * sampling.c - from logits to a token: bias and penalties, then a chain of steps that choose candidates and thin them out,
+ * then a draw. Candidates are sorted, the best first; each step takes probabilities to be those of the candidates left.
  */
 #include <float.h>
 #include <math.h>
 
-#include "common.h"
+#include "candidates.h"
 
-enum {
-    CHUNK = 64,  /* logits looked at together */
-    SMALL = 256, /* up to here top-k works on the C stack, and sorting by insertion is the fastest */
-    RADIX_BITS = 11,
-    RADIX = 1 << RADIX_BITS,
-};
+/* ---- bias and penalties ------------------------------------------------------------------------------------------- */
 
-static inline float finite_logit(float logit) { return logit > FLT_MAX ? FLT_MAX : logit; }
-
-static inline uint64_t pack(float logit, int32_t token) {
-    const float f = finite_logit(logit) + 0.0f; /* + 0: minus zero becomes zero */
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (uint64_t)bits << 32 | (uint32_t)~token;
+static void penalize(const pl_sampling *s, float *logit, int64_t count) {
+    *logit = *logit > 0 ? *logit / s->repeat : *logit * s->repeat;
+    *logit -= (float)count * s->frequency + s->presence;
 }
 
-static inline float packed_logit(uint64_t candidate) {
-    uint32_t bits = (uint32_t)(candidate >> 32);
-    float f;
-    bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
-    memcpy(&f, &bits, sizeof f);
-    return f;
+/* Applies the penalties to every token among the recent ones, as often as it occurs there. */
+static int32_t penalize_recent(const pl_sampling *s, float *logits, pl_error *err) {
+    uint64_t few[PL_FEW], *sorted = few, *many = NULL;
+    if (s->n_recent > PL_FEW) {
+        many = sorted = pl_alloc(2 * (size_t)s->n_recent * sizeof *many, err);
+        if (!many) {
+            return -1;
+        }
+    }
+    for (int32_t i = 0; i < s->n_recent; i++) {
+        sorted[i] = (uint32_t)s->recent[i];
+    }
+    pl_sort_descending(sorted, sorted + s->n_recent, s->n_recent, 0);
+    for (int64_t i = 0, end; i < s->n_recent; i = end) { /* runs of the same token */
+        for (end = i + 1; end < s->n_recent && sorted[end] == sorted[i];) {
+            end++;
+        }
+        const int64_t token = (int64_t)sorted[i];
+        if (token < s->n_vocab && token != s->exempt) {
+            penalize(s, &logits[token], end - i);
+        }
+    }
+    pl_free(many);
+    return 0;
 }
 
-static inline int32_t packed_token(uint64_t candidate) { return (int32_t)~(uint32_t)candidate; }
-
-static inline void swap(uint64_t *a, uint64_t *b) {
-    const uint64_t t = *a;
-    *a = *b;
-    *b = t;
+static int32_t adjust(const pl_sampling *s, float *logits, pl_error *err) {
+    for (int32_t i = 0; i < s->n_biased; i++) {
+        if (s->biased[i] < 0 || s->biased[i] >= s->n_vocab) {
+            return pl_fail(err, "token %d is not in the vocabulary of %d", s->biased[i], s->n_vocab);
+        }
+        logits[s->biased[i]] += s->bias[i];
+    }
+    return s->n_recent > 0 ? penalize_recent(s, logits, err) : 0;
 }
 
-/* Moves the `k` largest of c[n] to its front, in no order, the k-th largest to c[k - 1] (quickselect, 1 <= k <= n). */
-static void select_largest(uint64_t *c, int64_t n, int64_t k) {
-    int64_t low = 0, high = n - 1;
-    while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (c[middle] > c[low]) {
-            swap(&c[middle], &c[low]);
-        }
-        if (c[high] > c[low]) {
-            swap(&c[high], &c[low]);
-        }
-        if (c[high] > c[middle]) {
-            swap(&c[high], &c[middle]);
-        }
-        const uint64_t pivot = c[middle]; /* the median of three: both scans below stop inside [low, high] */
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (c[i] > pivot) {
-                i++;
-            }
-            while (c[j] < pivot) {
-                j--;
-            }
-            if (i <= j) {
-                swap(&c[i++], &c[j--]);
-            }
-        }
-        if (k - 1 <= j) {
-            high = j;
-        } else if (k - 1 >= i) {
-            low = i;
-        } else {
+/* ---- selections from the whole vocabulary --------------------------------------------------------------------------- */
+
+static int32_t select_min_p(pl_sampling *s, const float *logits, double p, pl_error *err) {
+    const float best = pl_best_logit(logits, s->n_vocab);
+    return pl_above(logits, s->n_vocab, p > 0 ? (float)(best + log(p)) : -INFINITY, s->tokens, s->logits, err);
+}
+
+/* Mirostat (Basu et al. 2020, https://arxiv.org/abs/2007.14966) bounds the surprise of a token, in bits, by mu. Version 1
+ * takes the distribution for Zipf's, estimates its exponent from the 100 most likely tokens, and from that the number k of
+ * tokens that keep to the bound: k = ((e 2^mu) / (1 - N^-e))^(1/s), e = s - 1, here in logarithms. */
+static int32_t mirostat_k(const pl_sampling *s, int32_t n, double mu) {
+    double products = 0, squares = 0;
+    for (int32_t i = 0; i + 1 < n; i++) {
+        const double t = log((i + 2.0) / (i + 1.0)), b = (s->logits[i] - s->logits[i + 1]) / s->temperature;
+        products += t * b;
+        squares += t * t;
+    }
+    if (n < 2) {
+        return 1;
+    }
+    const double exponent = products / squares, e = exponent - 1, log_n = log(s->n_vocab);
+    const double ratio = fabs(e) > 1e-9 ? -e / expm1(-e * log_n) : 1 / log_n; /* e / (1 - N^-e) */
+    const double exponent_log_k = log(ratio) + mu * log(2.0);
+    if (exponent_log_k <= 0) {
+        return 1;
+    }
+    return exponent_log_k < exponent * log_n ? PL_MAX(1, (int32_t)exp(exponent_log_k / exponent)) : s->n_vocab;
+}
+
+static int32_t select_mirostat_1(pl_sampling *s, const float *logits, double mu, pl_error *err) {
+    const int32_t n = pl_top_k(logits, s->n_vocab, 100, s->tokens, s->logits, err);
+    return n > 0 ? pl_top_k(logits, s->n_vocab, mirostat_k(s, n, mu), s->tokens, s->logits, err) : n;
+}
+
+/* Version 2 leaves out every token that would surprise by more than mu. */
+static int32_t select_mirostat_2(pl_sampling *s, const float *logits, double mu, pl_error *err) {
+    const double log_total = pl_log_sum_exp(logits, s->n_vocab, 1 / s->temperature);
+    const double floor = s->temperature * (log_total - mu * log(2.0));
+    const float best = pl_best_logit(logits, s->n_vocab);
+    return pl_above(logits, s->n_vocab, floor < best ? (float)PL_MAX(floor, -FLT_MAX) : best, s->tokens, s->logits, err);
+}
+
+static int32_t select_candidates(pl_sampling *s, const float *logits, const pl_sampling_step *step, pl_error *err) {
+    const bool top_k = step->kind == PL_SELECT_TOP_K;
+    if (s->room < (top_k && step->value < s->n_vocab ? step->value : s->n_vocab)) {
+        return pl_fail(err, "room for %d candidates is not enough", s->room);
+    }
+    switch (step->kind) {
+    case PL_SELECT_TOP_K:
+        return pl_top_k(logits, s->n_vocab, (int32_t)PL_MIN(step->value, s->n_vocab), s->tokens, s->logits, err);
+    case PL_SELECT_TOP_P:
+        return pl_nucleus(logits, s->n_vocab, step->value, s->tokens, s->logits, err);
+    case PL_SELECT_MIN_P:
+        return select_min_p(s, logits, step->value, err);
+    case PL_SELECT_MIROSTAT_1:
+        return select_mirostat_1(s, logits, step->value, err);
+    case PL_SELECT_MIROSTAT_2:
+        return select_mirostat_2(s, logits, step->value, err);
+    default:
+        return pl_fail(err, "a sampling chain cannot begin with a step of kind %d", step->kind);
+    }
+}
+
+/* ---- steps that thin out ------------------------------------------------------------------------------------------- */
+
+/* Probabilities up to a common factor, the first being 1, into s->work; returns their sum. */
+static double weigh(pl_sampling *s) {
+    double sum = 0;
+    for (int32_t i = 0; i < s->n_candidates; i++) {
+        s->work[i] = exp(s->logits[i] - s->logits[0]);
+        sum += s->work[i];
+    }
+    return sum;
+}
+
+/* Tail-free sampling (https://www.trentonbricken.com/Tail-Free-Sampling): cuts where the curve of the sorted probabilities has
+ * flattened out, i.e. where its second differences up to there make up the share z of all. */
+static void keep_tail_free(pl_sampling *s, double z) {
+    const int32_t n = s->n_candidates - 2;
+    const double sum = weigh(s);
+    double total = 0, running = 0;
+    for (int32_t i = 0; i < n; i++) {
+        s->work[i] = fabs(s->work[i] - 2 * s->work[i + 1] + s->work[i + 2]) / sum;
+        total += s->work[i];
+    }
+    for (int32_t i = 0; i < n; i++) {
+        running += total > 1e-6 ? s->work[i] / total : 1.0 / n;
+        if (running > z && i >= 1) {
+            s->n_candidates = i;
             return;
         }
     }
 }
 
-/* Sorts descending by the bits from `lowest_bit` up; stable, so that bits already in order need no pass. `scratch[n]` is
- * needed when n > SMALL. */
-static void sort_descending(uint64_t *c, uint64_t *scratch, int64_t n, int lowest_bit) {
-    if (n <= SMALL) {
-        for (int64_t i = 1; i < n; i++) {
-            const uint64_t candidate = c[i];
-            int64_t j = i;
-            for (; j > 0 && c[j - 1] < candidate; j--) {
-                c[j] = c[j - 1];
-            }
-            c[j] = candidate;
-        }
-        return;
-    }
-    uint64_t *from = c, *to = scratch;
-    for (int bit = lowest_bit; bit < 64; bit += RADIX_BITS) {
-        int64_t start[RADIX] = {0}, sum = 0;
-        for (int64_t i = 0; i < n; i++) {
-            start[from[i] >> bit & (RADIX - 1)]++;
-        }
-        if (start[from[0] >> bit & (RADIX - 1)] == n) {
-            continue; /* these bits are the same in all */
-        }
-        for (int digit = RADIX - 1; digit >= 0; digit--) {
-            const int64_t count = start[digit];
-            start[digit] = sum;
-            sum += count;
-        }
-        for (int64_t i = 0; i < n; i++) {
-            to[start[from[i] >> bit & (RADIX - 1)]++] = from[i];
-        }
-        uint64_t *t = from;
-        from = to;
-        to = t;
-    }
-    if (from != c) {
-        memcpy(c, from, (size_t)n * sizeof *c);
-    }
-}
-
-static void unpack(const uint64_t *c, int64_t n, int32_t *tokens, float *values) {
-    for (int64_t i = 0; i < n; i++) {
-        tokens[i] = packed_token(c[i]);
-        values[i] = packed_logit(c[i]);
-    }
-}
-
-static int32_t check_size(int32_t n, pl_error *err) {
-    return n < 0 ? pl_fail(err, "a negative number of logits: %d", n) : 0;
-}
-
-/* Is one of CHUNK logits above the floor? Without a branch per element, so that compilers make vectors of it. */
-static inline bool any_above(const float *logits, float floor) {
-    int hit = 0;
-    for (int j = 0; j < CHUNK; j++) {
-        hit |= logits[j] > floor;
-    }
-    return hit != 0;
-}
-
-PL_API int32_t pl_argmax(const float *logits, int32_t n) {
-    float best = -INFINITY;
-    int32_t token = -1;
-    for (int32_t i = 0; i < n; i += CHUNK) {
-        if (n - i >= CHUNK && !any_above(logits + i, best)) {
-            continue;
-        }
-        for (int32_t j = i; j < n && j < i + CHUNK; j++) {
-            if (logits[j] > best) {
-                best = logits[j];
-                token = j;
-            }
-        }
-    }
-    return token;
-}
-
-/* The largest of x[CHUNK * n]. */
-static float maximum(const float *x, int32_t n) {
-    float best[CHUNK];
-    for (int lane = 0; lane < CHUNK; lane++) {
-        best[lane] = -INFINITY;
-    }
+/* Locally typical sampling (Meister et al. 2022, https://arxiv.org/abs/2202.00666): keeps the tokens whose surprise is nearest to
+ * the expected one, until their probabilities sum to more than p. */
+static int32_t keep_typical(pl_sampling *s, double p, pl_error *err) {
+    const int32_t n = s->n_candidates;
+    const double sum = weigh(s);
+    double expected = 0, running = 0;
     for (int32_t i = 0; i < n; i++) {
-        for (int lane = 0; lane < CHUNK; lane++) {
-            best[lane] = x[CHUNK * i + lane] > best[lane] ? x[CHUNK * i + lane] : best[lane];
-        }
+        expected += s->work[i] > 0 ? s->work[i] / sum * (log(sum) - log(s->work[i])) : 0;
     }
-    for (int half = CHUNK / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; lane++) {
-            best[lane] = best[lane + half] > best[lane] ? best[lane + half] : best[lane];
-        }
-    }
-    return best[0];
-}
-
-/* Of x[n], those above *floor are added to the candidates kept[count], the first of them being token `first`. Whenever more
- * than `limit` are kept, all but the best k go, and the floor rises to the k-th of these. Returns the new count. */
-static int64_t keep_above(const float *x, int32_t n, int32_t first, float *floor, uint64_t *kept, int64_t count,
-                          int64_t limit, int32_t k) {
-    for (int32_t i = 0; i < n; i += CHUNK) {
-        if (n - i >= CHUNK && !any_above(x + i, *floor)) {
-            continue;
-        }
-        for (int32_t j = i; j < n && j < i + CHUNK; j++) {
-            if (x[j] > *floor) {
-                kept[count++] = pack(x[j], first + j);
-            }
-        }
-        if (count > limit) {
-            select_largest(kept, count, k);
-            count = k;
-            *floor = packed_logit(kept[k - 1]);
-        }
-    }
-    return count;
-}
-
-PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *tokens, float *values, pl_error *err) {
-    if (check_size(n, err) != 0) {
+    uint64_t *order = pl_alloc(2 * (size_t)n * sizeof *order, err); /* the most typical first */
+    if (!order) {
         return -1;
     }
-    if (k < 1) {
-        return pl_fail(err, "top-k needs k >= 1, not %d", k);
+    for (int32_t i = 0; i < n; i++) {
+        const double surprise = log(sum) - (s->logits[i] - s->logits[0]);
+        order[i] = (uint64_t)~pl_ordered_bits((float)fabs(surprise - expected)) << 32 | (uint32_t)i;
     }
-    if (n == 0) {
+    pl_sort_descending(order, order + n, n, 32);
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t candidate = (int32_t)(uint32_t)order[i];
+        const bool kept = i == 0 || running <= p;
+        running += s->work[candidate] / sum;
+        s->work[candidate] = kept;
+    }
+    s->n_candidates = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (s->work[i] != 0) {
+            s->tokens[s->n_candidates] = s->tokens[i];
+            s->logits[s->n_candidates++] = s->logits[i];
+        }
+    }
+    pl_free(order);
+    return 0;
+}
+
+/* Nucleus sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751): the most likely tokens whose probabilities sum to p. */
+static void keep_top_p(pl_sampling *s, double p) {
+    const double wanted = p * weigh(s);
+    double running = s->work[0];
+    int32_t n = 1;
+    while (n < s->n_candidates && running < wanted) {
+        running += s->work[n++];
+    }
+    s->n_candidates = n;
+}
+
+/* The tokens at least p times as likely as the most likely one. */
+static void keep_min_p(pl_sampling *s, double p) {
+    const double floor = s->logits[0] + log(p);
+    int32_t n = 1;
+    while (n < s->n_candidates && s->logits[n] >= floor) {
+        n++;
+    }
+    s->n_candidates = n;
+}
+
+/* Divides the logits, counted from the best one down: so no difference gets lost in large numbers. */
+static void divide_by_temperature(pl_sampling *s) {
+    const double best = s->logits[0];
+    for (int32_t i = 0; i < s->n_candidates; i++) {
+        s->logits[i] = (s->logits[i] - best) / s->temperature;
+    }
+}
+
+static int32_t run_step(pl_sampling *s, const pl_sampling_step *step, pl_error *err) {
+    switch (step->kind) {
+    case PL_KEEP_TAIL_FREE:
+        keep_tail_free(s, step->value);
         return 0;
+    case PL_KEEP_TYPICAL:
+        return keep_typical(s, step->value, err);
+    case PL_KEEP_TOP_P:
+        keep_top_p(s, step->value);
+        return 0;
+    case PL_KEEP_MIN_P:
+        keep_min_p(s, step->value);
+        return 0;
+    case PL_TEMPERATURE:
+        divide_by_temperature(s);
+        return 0;
+    default:
+        return pl_fail(err, "a sampling chain cannot go on with a step of kind %d", step->kind);
     }
-    k = PL_MIN(k, n);
-    const int64_t limit = 2 * (int64_t)k, room = limit + CHUNK;
-    uint64_t small[2 * SMALL + CHUNK], *kept = small, *large = NULL;
-    if (k > SMALL) {
-        large = pl_alloc(2 * (size_t)room * sizeof *large, err);
-        if (!large) {
+}
+
+/* ---- the draw ------------------------------------------------------------------------------------------------------- */
+
+static void draw(pl_sampling *s, double random) {
+    const double total = weigh(s), wanted = random * total;
+    double running = s->work[0];
+    int32_t i = 0;
+    while (i + 1 < s->n_candidates && running <= wanted) {
+        running += s->work[++i];
+    }
+    s->chosen = i;
+    s->log_total = s->logits[0] + log(total);
+}
+
+PL_API int32_t pl_choose(pl_sampling *s, const float *logits, double random, pl_error *err) {
+    if (s->n_vocab < 1 || s->n_steps < 1 || !(s->temperature > 0)) {
+        return pl_fail(err, "sampling wants a vocabulary, steps and a temperature above 0");
+    }
+    s->n_candidates = select_candidates(s, logits, &s->steps[0], err);
+    if (s->n_candidates <= 0) {
+        return s->n_candidates;
+    }
+    for (int32_t i = 1; i < s->n_steps; i++) {
+        if (run_step(s, &s->steps[i], err) != 0) {
             return -1;
         }
-        kept = large;
     }
-    /* k logits reach the k-th largest of the maxima of blocks. With several times k blocks few others do. */
-    enum { BLOCKS = 6 * SMALL };
-    const int32_t wanted = PL_MIN(6 * (int64_t)k, BLOCKS), chunks = n / CHUNK / wanted, size = CHUNK * chunks;
-    const int32_t n_blocks = chunks > 0 && k <= SMALL ? wanted : 0;
-    float maxima[BLOCKS], floor = -INFINITY;
-    uint64_t ordered[BLOCKS];
-    for (int32_t i = 0; i < n_blocks; i++) {
-        maxima[i] = maximum(logits + (int64_t)i * size, chunks);
-        ordered[i] = pack(maxima[i], i);
-    }
-    if (n_blocks > 0) {
-        select_largest(ordered, n_blocks, k);
-        floor = nextafterf(packed_logit(ordered[k - 1]), -INFINITY);
-    }
-    int64_t count = 0;
-    for (int32_t i = 0; i < n_blocks; i++) {
-        if (maxima[i] > floor) {
-            count = keep_above(logits + (int64_t)i * size, size, i * size, &floor, kept, count, limit, k);
-        }
-    }
-    count = keep_above(logits + (int64_t)n_blocks * size, n - n_blocks * size, n_blocks * size, &floor, kept, count, limit, k);
-    if (count > k) {
-        select_largest(kept, count, k);
-        count = k;
-    }
-    sort_descending(kept, large ? large + room : NULL, count, 0);
-    unpack(kept, count, tokens, values);
-    pl_free(large);
-    return (int32_t)count;
+    draw(s, random);
+    return s->n_candidates;
 }
 
-PL_API int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, float *values, pl_error *err) {
-    if (check_size(n, err) != 0) {
-        return -1;
-    }
-    floor = floor > -FLT_MAX ? floor : -FLT_MAX; /* -infinity itself is never taken */
-    int64_t count = 0;
-    for (int32_t i = 0; i < n; i++) {
-        count += logits[i] >= floor;
-    }
-    uint64_t *kept = pl_alloc(2 * (size_t)count * sizeof *kept, err);
-    if (!kept) {
-        return -1;
-    }
-    int64_t at = 0;
-    for (int32_t i = 0; i < n && at < count; i++) {
-        if (logits[i] >= floor) {
-            kept[at++] = pack(logits[i], i);
-        }
-    }
-    sort_descending(kept, kept + count, count, 32); /* ascending token numbers are in order already */
-    unpack(kept, count, tokens, values);
-    pl_free(kept);
-    return (int32_t)count;
-}
-
-/* e^x for -87 <= x <= 0 within 2 units in the last place (Cody and Waite's reduction, minimax polynomial). Without branches,
- * so that compilers make vectors of a loop around it. */
-static inline float exp_of_negative(float x) {
-    const float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds, the integer in the low bits */
-    int32_t exponent;
-    memcpy(&exponent, &shifted, sizeof exponent);
-    const float whole = shifted - 12582912.0f;
-    const float r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const uint32_t bits = ((uint32_t)exponent - 0x4b400000u + 127u) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
-
-/* Sum of e^((logit - best) * scale) over the logits that are at least `floor`. */
-static double mass_above(const float *logits, int32_t n, float best, float scale, float floor) {
-    double total = 0;
-    for (int32_t i = 0; i < n; i += CHUNK) {
-        float part[CHUNK], sum = 0;
-        for (int j = 0; j < CHUNK; j++) {
-            part[j] = -INFINITY;
-        }
-        memcpy(part, logits + i, sizeof *part * (size_t)PL_MIN(CHUNK, n - i));
-        for (int j = 0; j < CHUNK; j++) { /* what is far below, or NaN, becomes e^-87: nothing beside the best one's 1 */
-            float logit = part[j] < FLT_MAX ? part[j] : FLT_MAX;
-            logit = part[j] >= floor ? logit : -INFINITY;
-            const float x = (logit - best) * scale;
-            part[j] = x > -87.0f ? x : -87.0f;
-        }
-        for (int j = 0; j < CHUNK; j++) {
-            part[j] = exp_of_negative(part[j]);
-        }
-        for (int lane = 0; lane < 4; lane++) {
-            for (int j = 4; j < CHUNK; j += 4) {
-                part[lane] += part[lane + j];
-            }
-        }
-        for (int lane = 0; lane < 4; lane++) {
-            sum += part[lane];
-        }
-        total += sum;
-    }
-    return total;
-}
-
-PL_API double pl_log_sum_exp(const float *logits, int32_t n, float scale) {
-    const int32_t token = pl_argmax(logits, n);
-    if (token < 0) {
-        return -INFINITY;
-    }
-    const float best = finite_logit(logits[token]);
-    return (double)best * scale + log(mass_above(logits, n, best, scale, -INFINITY));
-}
-
-PL_API int32_t pl_nucleus(const float *logits, int32_t n, double p, int32_t *tokens, float *values, pl_error *err) {
-    if (check_size(n, err) != 0) {
-        return -1;
-    }
-    const int32_t token = pl_argmax(logits, n);
-    if (token < 0) {
-        return 0;
-    }
-    /* Only the candidates near the best one need sorting: how near is found by their mass. */
-    const float best = finite_logit(logits[token]);
-    const double wanted = p * mass_above(logits, n, best, 1.0f, -INFINITY);
-    float margin = 4.0f;
-    while (margin < 100.0f && mass_above(logits, n, best, 1.0f, best - margin) < wanted) {
-        margin *= 2.0f;
-    }
-    const int32_t count = pl_above(logits, n, margin < 100.0f ? best - margin : -INFINITY, tokens, values, err);
-    double sum = 0;
-    int32_t kept = 0;
-    while (kept < count && (kept == 0 || sum < wanted)) {
-        sum += exp((double)values[kept++] - best);
-    }
-    return count < 0 ? -1 : kept;
-}
-
-PL_API int32_t pl_penalize(float *logits, int32_t n, const int32_t *tokens, const int32_t *counts, int32_t n_tokens,
-                           float repeat, float frequency, float presence, pl_error *err) {
-    for (int32_t i = 0; i < n_tokens; i++) {
-        if (tokens[i] < 0 || tokens[i] >= n) {
-            return pl_fail(err, "token %d is not in the vocabulary of %d", tokens[i], n);
-        }
-        float *logit = &logits[tokens[i]];
-        *logit = *logit > 0 ? *logit / repeat : *logit * repeat;
-        *logit -= (float)counts[i] * frequency + presence;
-    }
-    return 0;
+PL_API int32_t pl_sample(pl_sampling *s, float *logits, double random, pl_error *err) {
+    return adjust(s, logits, err) == 0 ? pl_choose(s, logits, random, err) : -1;
 }
