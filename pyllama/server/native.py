@@ -9,7 +9,7 @@ from bottle import Bottle
 
 from pyllama.engine import Done, Request, Token
 from pyllama.server.errors import ApiError, dump
-from pyllama.server.fields import describe
+from pyllama.server.fields import Fields, describe
 from pyllama.server.options import generation_settings, read_prompt, read_request
 from pyllama.server.request import client_is_gone, json_fields, notes
 from pyllama.server.service import Service, events
@@ -59,7 +59,7 @@ def add_routes(app: Bottle, service: Service) -> None:
 
     @app.get("/model.json")
     def model_json() -> bytes:
-        defaults = Request(prompt=(), n_predict=service.defaults.n_predict)
+        defaults = read_request(Fields({}), service, prompt=())
         return dump(generation_settings(service, defaults, stream=False))
 
 

@@ -18,6 +18,7 @@ from pyllama.chat import CHATML, ChatTemplate, ChatTemplateError
 from pyllama.engine import Done, Engine, EngineClosed, Request, Stream, Token
 from pyllama.models import Model
 from pyllama.server.errors import ApiError
+from pyllama.tokenizer import Tokenizer
 
 __all__ = ["LOADING", "Defaults", "Service", "SystemPrompt", "events"]
 
@@ -77,6 +78,7 @@ class Service:
             chat_template: stands for the model's own; ``chatml`` for that one.
 
         Raises:
+            ValueError: the system prompt leaves no room in the context.
             ChatTemplateError: the template that was given is none. The model's own may be broken: all but chats work then.
         """
         tokenizer = engine.model.tokenizer
@@ -86,6 +88,7 @@ class Service:
             if chat_template is not None:
                 raise
             self._no_chat = str(error)
+        engine.set_system_prompt(_encode_system_prompt(tokenizer, self.system_prompt))
         self._engine = engine
 
     def stop(self) -> None:
@@ -126,21 +129,23 @@ class Service:
             values: the strings ``prompt`` and, if wanted, ``anti_prompt`` and ``assistant_name``.
 
         Raises:
-            ValueError: one of them is no string.
+            ValueError: one of them is no string, or the prompt leaves no room in the context.
         """
         names = ("prompt", "anti_prompt", "assistant_name")
-        strings = {name: values.get(name) or "" for name in names}
-        for name in names:
-            if not isinstance(strings[name], str):
+        strings = {name: values[name] for name in names if values.get(name) is not None}
+        for name, value in strings.items():
+            if not isinstance(value, str):
                 raise ValueError(f"system_prompt.{name} must be a string")
-        self.system_prompt = SystemPrompt(**strings)
+        system_prompt = SystemPrompt(**strings)
+        if self._engine is not None and system_prompt.prompt != self.system_prompt.prompt:
+            self._engine.set_system_prompt(_encode_system_prompt(self._engine.model.tokenizer, system_prompt))
+        self.system_prompt = system_prompt
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def system_tokens(self) -> list[int]:
         """What stands before every prompt; nothing without a system prompt."""
-        text = self.system_prompt.prompt
-        return self.model.tokenizer.encode(text, add_special=True) if text else []
+        return _encode_system_prompt(self.model.tokenizer, self.system_prompt)
 
     @contextlib.contextmanager
     def submit(self, requests: Sequence[Request]) -> Iterator[list[Stream]]:
@@ -181,6 +186,10 @@ class Service:
             if self._n_open >= most:
                 raise ApiError(429, f"{self._n_open} requests are under way or waiting already; try again later")
             self._n_open += 1
+
+
+def _encode_system_prompt(tokenizer: Tokenizer, system_prompt: SystemPrompt) -> list[int]:
+    return tokenizer.encode(system_prompt.prompt, add_special=True) if system_prompt.prompt else []
 
 
 def events(stream: Stream, is_gone: Callable[[], bool]) -> Iterator[Token | Done]:

@@ -19,7 +19,7 @@ def send_events(values: Iterator[object]) -> Iterator[bytes]:
 
     An ``ApiError`` before the first value becomes an ordinary error response, a later one the last event.
     """
-    response.content_type = "text/event-stream; charset=utf-8"
+    response.content_type = "text/event-stream"
     response.set_header("Cache-Control", "no-cache")
     return _encode(values)
 
