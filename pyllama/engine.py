@@ -7,6 +7,7 @@ This module knows nothing of HTTP, chat templates or files.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -25,6 +26,7 @@ from pyllama.scheduler import Chunk, ContextFull, Scheduler, Sequence, truncated
 
 __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "Token"]
 
+_log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
 
@@ -330,6 +332,7 @@ class Engine:
                 try:
                     self._step()
                 except Exception as error:  # a fault of ours: rather forget everything than go on with wrong books
+                    _log.exception("a step of the engine failed")
                     self._give_up("error", f"{type(error).__name__}: {error}")
                 self._deliver()
         finally:

@@ -134,13 +134,17 @@ class Scheduler:
             if sequence.wanted_slot >= 0 and sequence.wanted_slot not in free:
                 continue
             missing = self.cache.n_missing(sequence.tokens, reuse=sequence.reuse)
-            if self.running and missing > self.cache.n_available:
+            if self.running and missing > self.cache.n_available - self._n_promised():
                 return  # it would only be preempted again
             sequence.slot = sequence.wanted_slot if sequence.wanted_slot >= 0 else min(free)
             free.discard(sequence.slot)
             self.waiting.remove(sequence)
             self.running.append(sequence)
             self.running.sort(key=lambda other: other.number)
+
+    def _n_promised(self) -> int:
+        """Blocks that running sequences have yet to get for the tokens they have."""
+        return sum(max(0, len(s.tokens) // self.cache.block_tokens + 1 - len(s.table.blocks)) for s in self.running)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a sequence's blocks; it waits at the front, to be computed again."""

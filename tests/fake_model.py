@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from pyllama.core import BLOCK_TOKENS
+from pyllama.scheduler import truncated
 
 N_VOCAB = 300
 EOS = 299
@@ -112,11 +113,17 @@ class FakeModel:
             moved = (cell[0], cell[1] + dst_pos - src_pos)
             self.cells[dst_blocks[target // BLOCK_TOKENS]][target % BLOCK_TOKENS] = moved
 
-    def greedy(self, prompt: list[int], n: int) -> list[int]:
+    def greedy(self, prompt: list[int], n: int, *, n_keep: int = 0, ignore_eos: bool = False) -> list[int]:
         """What a lone greedy request should give, ended by EOS or ``n``."""
-        history, out = list(prompt), []
+        n_keep = min(n_keep if n_keep >= 0 else len(prompt), len(prompt), self.n_ctx - 4)
+        history, out = truncated(list(prompt), n_keep, self.n_ctx), []
         while len(out) < n:
-            token = int(self._logits(history).argmax())
+            if len(history) > self.n_ctx:
+                del history[n_keep : n_keep + (self.n_ctx - n_keep) // 2]
+            logits = self._logits(history)
+            if ignore_eos:
+                logits[EOS] = -np.inf
+            token = int(logits.argmax())
             if token == EOS:
                 break
             out.append(token)

@@ -87,32 +87,39 @@ def test_a_pool_too_small_for_all_preempts_and_loses_nothing() -> None:
         engine._cache.check()
 
 
-def test_random_mixes_on_a_tiny_pool() -> None:
-    for seed in range(6):
-        rng = random.Random(seed)
-        model = FakeModel(n_ctx=rng.choice([96, 160, 256]), n_batch=rng.choice([8, 32, 64]))
-        with Engine(model, n_slots=rng.choice([1, 3, 4]), continuous=rng.random() < 0.8) as engine:
-            stems = [prompt_of(rng.randrange(1, 60), i) for i in range(3)]
-            jobs = []
-            for i in range(20):
-                prompt = rng.choice(stems)[: rng.randrange(1, 60)] + prompt_of(rng.randrange(1, 10), 100 + i)
-                n = rng.randrange(1, 25)
-                stream = engine.submit(request(prompt, n, cache_prompt=rng.random() < 0.8))
-                if rng.random() < 0.15:
-                    stream.cancel()
-                jobs.append((prompt, n, stream))
-                if rng.random() < 0.3:
-                    time.sleep(0.002)
-            for prompt, n, stream in jobs:
-                tokens, done = tokens_of(stream)
-                expected = model.greedy(prompt, n)
-                if stream.cancelled:
-                    assert tokens == expected[: len(tokens)]
-                else:
-                    assert tokens == expected
-                    assert done.reason in ("eos", "limit")
-            engine._cache.check()
-            assert engine._cache.n_available == model.n_blocks
+@pytest.mark.parametrize("seed", range(12))
+def test_random_mixes_on_a_tiny_pool(seed: int) -> None:
+    """Whatever meets in a pool that is too small, each request gets what it would get alone."""
+    rng = random.Random(seed)
+    model = FakeModel(n_ctx=rng.choice([64, 96, 160, 256]), n_batch=rng.choice([8, 32, 64]))
+    with Engine(model, n_slots=rng.choice([1, 3, 4]), continuous=rng.random() < 0.8) as engine:
+        stems = [prompt_of(rng.randrange(1, 60), i) for i in range(3)]
+        system = stems[0][:40] if rng.random() < 0.5 else [0]
+        engine.set_system_prompt(system)
+        jobs = []
+        for i in range(20):
+            prompt = rng.choice(stems)[: rng.randrange(1, 60)] + prompt_of(rng.choice([1, 5, 10, 150]), 100 + i)
+            keep = -1 if prompt[: len(system)] == system else rng.choice([0, 20, -1])
+            n = rng.choice([0, 1, 5, 25, 100])
+            params = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=rng.random() < 0.5)
+            options = {"cache_prompt": rng.random() < 0.8, "slot_id": rng.choice([-1, -1, -1, 0]), "sampling": params}
+            job = request(prompt, n, n_keep=keep, **options)
+            stream = engine.submit(job)
+            if rng.random() < 0.15:
+                stream.cancel()
+            jobs.append((job, stream))
+            if rng.random() < 0.3:
+                time.sleep(0.002)
+        for job, stream in jobs:
+            tokens, done = tokens_of(stream)
+            expected = model.greedy(job.prompt, job.n_predict, n_keep=job.n_keep, ignore_eos=job.sampling.ignore_eos)
+            if stream.cancelled:
+                assert tokens == expected[: len(tokens)]
+            else:
+                assert tokens == expected
+                assert done.reason in ("eos", "limit")
+        engine._cache.check()
+        assert engine._cache.n_available == model.n_blocks
 
 
 def test_a_full_context_is_shifted() -> None:
@@ -262,6 +269,98 @@ def test_a_failing_step_ends_its_requests_only(engine: Engine) -> None:
     assert done.reason == "error"
     assert "the model failed" in done.error
     assert tokens_of(engine.submit(request(prompt_of(5))))[0] == engine.model.greedy(prompt_of(5), 20)
+
+
+def test_a_fault_in_the_books_ends_what_runs_and_no_more(engine: Engine, monkeypatch, caplog) -> None:
+    prompt = prompt_of(40)
+    tokens_of(engine.submit(request(prompt, 5)))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no copy")
+
+    monkeypatch.setattr(engine._cache, "_copy", broken)
+    ends = [tokens_of(engine.submit(request(prompt[:35] + [97 + i], 500, n_keep=9)))[1] for i in range(2)]
+    assert [done.reason for done in ends] == ["error", "limit"]  # a new pool knows nothing that could be copied
+    assert ends[0].error == "RuntimeError: no copy"
+    assert "no copy" in caplog.text
+
+
+def test_a_grammar_that_nothing_fits_ends_its_request_only(engine: Engine) -> None:
+    other = engine.submit(request(prompt_of(5), 30))
+    params = SamplingParams(temperature=0.0, grammar='root ::= "\u00e9"', logit_bias=((0xC3, -float("inf")),))
+    _, done = tokens_of(engine.submit(request(prompt_of(6), 5, sampling=params)))
+    assert done.reason == "error"
+    assert "grammar" in done.error
+    assert tokens_of(other)[0] == engine.model.greedy(prompt_of(5), 30)
+
+
+def test_a_stream_that_nobody_reads_ends(engine: Engine, monkeypatch) -> None:
+    monkeypatch.setattr("pyllama.engine._MOST_UNREAD", 50)
+    stream = engine.submit(request(prompt_of(5), -1, sampling=SamplingParams(ignore_eos=True)))
+    while engine.n_running + engine.n_waiting:
+        time.sleep(0.01)
+    _, done = tokens_of(stream)
+    assert (done.reason, done.error) == ("error", "nobody reads this stream")
+    assert 50 <= done.n_predicted <= 52
+
+
+def test_a_system_prompt_is_evaluated_once_and_spared(engine: Engine) -> None:
+    system = prompt_of(45, 7)
+    assert engine.set_system_prompt(system).result()[2].timings.prompt_n == 45
+    ignore = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
+    tokens_of(engine.submit(request(prompt_of(100, 8), 300, sampling=ignore)))  # goes through the whole pool
+    streams = [engine.submit(request(system + prompt_of(5, i), 10)) for i in range(4)]
+    for i, stream in enumerate(streams):
+        tokens, done = tokens_of(stream)
+        assert tokens == engine.model.greedy(system + prompt_of(5, i), 10)
+        assert done.timings.prompt_n == 5
+    tokens, done = tokens_of(engine.submit(request(system + prompt_of(5), 300, n_keep=2, sampling=ignore)))
+    assert done.truncated
+    assert tokens == engine.model.greedy(system + prompt_of(5), 300, n_keep=47, ignore_eos=True)
+    assert engine.set_system_prompt(()) is None
+    assert tokens_of(engine.submit(request(system, 3)))[0] == engine.model.greedy(system, 3)
+    assert engine._cache.pinned == ()
+    with pytest.raises(ValueError, match="the system prompt has 125 tokens, the context 128"):
+        engine.set_system_prompt([97] * 125)
+
+
+def test_the_token_that_begins_a_text_is_spared() -> None:
+    model = FakeModel(n_ctx=64)
+    model.tokenizer.add_bos, model.tokenizer.bos_id = True, 1
+    with Engine(model) as engine:
+        for prompt, spared in (([1, *prompt_of(20)], 4), (prompt_of(20), 3)):
+            tokens, _ = tokens_of(engine.submit(request(prompt, 100, n_keep=3)))
+            assert tokens == model.greedy(prompt, 100, n_keep=spared)
+
+
+def test_threads_that_submit_read_and_cancel(engine: Engine) -> None:
+    wrong = []
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        for i in range(6):
+            prompt = prompt_of(rng.randrange(1, 40), rng.randrange(5))
+            stream = engine.submit(request(prompt, 30))
+            expected, tokens = engine.model.greedy(prompt, 30), []
+            stop_after = rng.choice([3, 99])
+            for event in stream:
+                if isinstance(event, Done):
+                    if (event.reason == "cancelled") != stream.cancelled and len(tokens) < 30:
+                        wrong.append((seed, i, event))
+                    break
+                tokens += event.tokens
+                if len(tokens) >= stop_after:
+                    stream.cancel()
+            if tokens != expected[: len(tokens)]:
+                wrong.append((seed, i, tokens, expected))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert engine.n_running == engine.n_waiting == 0
 
 
 def test_bad_requests_are_refused(engine: Engine) -> None:
