@@ -153,7 +153,7 @@ static float maximum(const float *x, int32_t n) {
     return best[0];
 }
 
-/* Of x[n], those above *floor are added to the candidates kept[count], the first of them being token `first`. Whenever more
+/* Adds those of x[n] that are above *floor to the candidates kept[count]; x[0] belongs to token `first`. Whenever more
  * than `limit` are kept, all but the best k go, and the floor rises to the k-th of these. Returns the new count. */
 static int64_t keep_above(const float *x, int32_t n, int32_t first, float *floor, uint64_t *kept, int64_t count,
                           int64_t limit, int32_t k) {
@@ -202,7 +202,7 @@ PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *toke
     float maxima[BLOCKS], floor = -INFINITY;
     uint64_t ordered[BLOCKS];
     for (int32_t i = 0; i < n_blocks; i++) {
-        maxima[i] = maximum(logits + (int64_t)i * size, chunks);
+        maxima[i] = maximum(logits + i * size, chunks);
         ordered[i] = pack(maxima[i], i);
     }
     if (n_blocks > 0) {
@@ -212,10 +212,11 @@ PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *toke
     int64_t count = 0;
     for (int32_t i = 0; i < n_blocks; i++) {
         if (maxima[i] > floor) {
-            count = keep_above(logits + (int64_t)i * size, size, i * size, &floor, kept, count, limit, k);
+            count = keep_above(logits + i * size, size, i * size, &floor, kept, count, limit, k);
         }
     }
-    count = keep_above(logits + (int64_t)n_blocks * size, n - n_blocks * size, n_blocks * size, &floor, kept, count, limit, k);
+    const int32_t rest = n_blocks * size;
+    count = keep_above(logits + rest, n - rest, rest, &floor, kept, count, limit, k);
     if (count > k) {
         select_largest(kept, count, k);
         count = k;
@@ -251,8 +252,8 @@ int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, d
     return (int32_t)count;
 }
 
-/* e^x for -87 <= x <= 0 within 2 units in the last place (Cody and Waite's reduction, minimax polynomial). Without branches,
- * so that compilers make vectors of a loop around it. */
+/* e^x for -87 <= x <= 0 within 2 units in the last place (Cody and Waite's reduction, minimax polynomial). Without
+ * branches, so that compilers make vectors of a loop around it. */
 static inline float exp_of_negative(float x) {
     const float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds, the integer in the low bits */
     int32_t exponent;

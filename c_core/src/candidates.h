@@ -1,9 +1,9 @@
 /*
  * candidates.h - picking tokens out of a whole vocabulary by their logits.
  *
- * A candidate is one 64-bit number: the logit's bits, turned so that larger means better, above the inverted token number.
- * Comparing candidates is then comparing integers, and of two equal logits the lower token number is the better one. NaN and
- * -infinity are never candidates; +infinity counts as the largest finite number.
+ * A candidate is one 64-bit number: the logit's bits, turned so that larger means better, above the inverted token
+ * number. Comparing candidates is then comparing integers, and of two equal logits the lower token number is the better
+ * one. NaN and -infinity are never candidates; +infinity counts as the largest finite number.
  */
 #ifndef PL_CANDIDATES_H
 #define PL_CANDIDATES_H
@@ -13,8 +13,8 @@
 /* Up to so many, sorting is done by insertion and needs no scratch memory. */
 #define PL_FEW 256
 
-/* Sorts descending by the bits from `lowest_bit` up; stable, so that bits already in order need no pass. `scratch[n]` is
- * needed when n > PL_FEW. */
+/* Sorts descending by the bits from `lowest_bit` up; stable, so that bits already in order need no pass. `scratch[n]`
+ * is needed when n > PL_FEW. */
 void pl_sort_descending(uint64_t *c, uint64_t *scratch, int64_t n, int lowest_bit);
 
 /* A number as 32 bits that compare as integers like the numbers (not NaN). */

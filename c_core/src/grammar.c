@@ -1,4 +1,5 @@
-/* grammar.c - compiled grammars: checks the network, and finds out what the matcher wants to know of rules and characters. */
+/* grammar.c - compiled grammars: checks the network, and finds out what the matcher wants to know of rules and
+ * characters. */
 #include "grammar.h"
 
 #include <stdlib.h>
@@ -199,8 +200,8 @@ static int32_t find_owners(const pl_grammar *g, int32_t n_sets, int32_t *owner, 
     return 0;
 }
 
-/* Which rules match the empty text, and which nodes can be reached from the start of their rule without a character: forks
- * pass, calls pass when their rule is nullable, and those of rules not yet known to be wait for it in a list. */
+/* Which rules match the empty text, and which nodes can be reached from the start of their rule without a character:
+ * forks pass, calls pass when their rule is nullable, and those of rules not yet known to be wait for it in a list. */
 static void find_nullable(pl_grammar *g, const int32_t *owner, uint8_t *reached, int32_t *waiting, int32_t *next_waiting,
                           int32_t *stack) {
     int32_t n = 0;
@@ -239,8 +240,8 @@ static void find_nullable(pl_grammar *g, const int32_t *owner, uint8_t *reached,
     }
 }
 
-/* Orders the rules so that each comes before those that it can begin with (Kahn's algorithm). Where that cannot be, a rule
- * can begin with itself. */
+/* Orders the rules so that each comes before those that it can begin with (Kahn's algorithm). Where that cannot be, a
+ * rule can begin with itself. */
 static int32_t rank_rules(pl_grammar *g, const int32_t *owner, const uint8_t *reached, int32_t *n_callers, int32_t *calls,
                           int32_t *next_call, int32_t *left_recursive, pl_error *err) {
     for (int32_t rule = 0; rule < g->n_rules; rule++) {
@@ -271,7 +272,8 @@ static int32_t rank_rules(pl_grammar *g, const int32_t *owner, const uint8_t *re
     if (n == g->n_rules) {
         return 0;
     }
-    /* Every rule left has a caller that is left: whoever goes from callee to caller for long enough goes in a circle. */
+    /* Every rule left has a caller that is left: whoever goes from callee to caller for long enough goes in a circle.
+     * */
     int32_t *caller = g->rank;
     for (int32_t rule = 0; rule < g->n_rules; rule++) {
         for (int32_t i = n_callers[rule] > 0 ? calls[rule] : NONE; i != NONE; i = next_call[i]) {

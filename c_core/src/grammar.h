@@ -8,8 +8,8 @@
 
 /*
  * Characters are told apart only as far as the grammar does: code points that belong to the same sets are of one class.
- * Classes are intervals, numbered in ascending order. ASCII and the surrogates, which are no characters, are never in one
- * class with others.
+ * Classes are intervals, numbered in ascending order. ASCII and the surrogates, which are no characters, are never in
+ * one class with others.
  */
 struct pl_grammar {
     pl_grammar_node *nodes;
@@ -41,9 +41,9 @@ bool pl_partial_push(pl_partial *p, uint8_t byte);
 void pl_partial_range(const pl_partial *p, int32_t *first, int32_t *last);
 
 /*
- * The tree in preorder: a node's subtree is the nodes from it up to `end`. Tokens are in the order of their bytes; those of a
- * subtree are neighbours, and those that end in a node come first among them. Node 0 is the root, and a last node behind the
- * others marks the end.
+ * The tree in preorder: a node's subtree is the nodes from it up to `end`. Tokens are in the order of their bytes;
+ * those of a subtree are neighbours, and those that end in a node come first among them. Node 0 is the root, and a last
+ * node behind the others marks the end.
  */
 typedef struct pl_trie_node {
     uint64_t groups; /* of the characters on the way from the parent into the whole subtree, as bits */

@@ -1,14 +1,14 @@
 /*
  * matcher.c - follows a text through a grammar.
  *
- * The text so far may be explained in several ways. Each is a node that waits for a character together with a stack of the
- * rules that were entered on the way: where to go on in the calling rule once this one has matched. All ways together make a
- * state. Stacks share what they have in common: a frame is the set of all (node to return to, frame below) of one entry into
- * a rule, however many callers there are, so that the number of ways may be exponential but what is stored is not (this is
- * the graph-structured stack of generalized LL parsing, Scott & Johnstone 2010).
+ * The text so far may be explained in several ways. Each is a node that waits for a character together with a stack of
+ * the rules that were entered on the way: where to go on in the calling rule once this one has matched. All ways
+ * together make a state. Stacks share what they have in common: a frame is the set of all (node to return to, frame
+ * below) of one entry into a rule, however many callers there are, so that the number of ways may be exponential but
+ * what is stored is not (this is the graph-structured stack of generalized LL parsing, Scott & Johnstone 2010).
  *
- * Frames and states are sets of (node, frame) pairs, and equal sets are stored once. So a state is a number, and where a
- * character leads from a state is remembered: the pushdown automaton is made deterministic while it is used.
+ * Frames and states are sets of (node, frame) pairs, and equal sets are stored once. So a state is a number, and where
+ * a character leads from a state is remembered: the pushdown automaton is made deterministic while it is used.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -20,8 +20,8 @@ enum {
     DEAD = 0,       /* the empty set of pairs: no way to explain the text */
     TEXT_END = -1,  /* in place of a node: the root rule has matched */
     NO_FRAME = -1,
-    /* From how many nodes on it pays to ask whether a subtree can be taken as a whole: when what the state's characters have
-     * in common is known, and when it would have to be found out. */
+    /* From how many nodes on it pays to ask whether a subtree can be taken as a whole: when what the state's characters
+     * have in common is known, and when it would have to be found out. */
     SMALL_SUBTREE = 16,
     LARGE_SUBTREE = 256,
     MANY_CLASSES = 256,
@@ -263,8 +263,8 @@ static entry pop_entry(pl_matcher *m) {
     return top;
 }
 
-/* Notes that `call`, a node in the given frame, enters its rule here. A call that is the last thing in its rule returns to
- * where that rule returns to, so that repetition by recursion does not pile up frames. */
+/* Notes that `call`, a node in the given frame, enters its rule here. A call that is the last thing in its rule returns
+ * to where that rule returns to, so that repetition by recursion does not pile up frames. */
 static int32_t enter(pl_matcher *m, const pl_grammar_node *call, int32_t frame, pl_error *err) {
     const int32_t rank = m->g->rank[call->argument];
     if (m->g->nodes[call->next].kind != PL_GRAMMAR_END) {
@@ -279,8 +279,8 @@ static int32_t enter(pl_matcher *m, const pl_grammar_node *call, int32_t frame, 
     return 0;
 }
 
-/* Goes on from the pairs in m->work, which stand behind something that has matched, over everything that consumes nothing.
- * What consumes something is put into m->out or among the entries. */
+/* Goes on from the pairs in m->work, which stand behind something that has matched, over everything that consumes
+ * nothing. What consumes something is put into m->out or among the entries. */
 static int32_t follow(pl_matcher *m, pl_error *err) {
     if (++m->visited_stamp == 0) { /* once in 2^32 times the old stamps must go */
         memset(m->visited, 0, (size_t)m->visited_size * sizeof *m->visited);
@@ -319,7 +319,7 @@ static int32_t follow(pl_matcher *m, pl_error *err) {
     return 0;
 }
 
-/* Enters a rule in a frame. Its end is of no interest here: callers of a rule that matches nothing have gone past it. */
+/* Enters a rule in a frame. Its end is of no interest: callers of a rule that can match nothing have gone past it. */
 static int32_t begin_rule(pl_matcher *m, int32_t rule, int32_t frame, pl_error *err) {
     if (++m->node_stamp == 0) {
         memset(m->node_stamps, 0, (size_t)m->g->n_nodes * sizeof *m->node_stamps);
@@ -347,8 +347,8 @@ static int32_t begin_rule(pl_matcher *m, int32_t rule, int32_t frame, pl_error *
     return status;
 }
 
-/* Enters the rules that are to be entered. Ranks grow from caller to callee: when a rule's turn comes, all entries into it are
- * known, and become one frame. */
+/* Enters the rules that are to be entered. Ranks grow from caller to callee: when a rule's turn comes, all entries into
+ * it are known, and become one frame. */
 static int32_t enter_rules(pl_matcher *m, pl_error *err) {
     while (m->n_entries > 0) {
         const int32_t rank = m->entries[0].rank;
@@ -540,8 +540,8 @@ static int64_t memory_in_use(const pl_matcher *m) {
            m->n_rows * (int64_t)sizeof *m->rows + m->n_moves * (int64_t)sizeof *m->moves;
 }
 
-/* Drops the sets that the first `n_path` cursors do not need, and all remembered moves. Pairs speak of older sets only, and
- * numbers keep their order: sorted pairs stay sorted. */
+/* Drops the sets that the first `n_path` cursors do not need, and all remembered moves. Pairs speak of older sets only,
+ * and numbers keep their order: sorted pairs stay sorted. */
 static int32_t collect(pl_matcher *m, int64_t n_path, pl_error *err) {
     int32_t *moved = malloc((size_t)m->n_sets * sizeof *moved); /* new numbers; until then 1 marks what is needed */
     if (!moved) {
@@ -739,13 +739,14 @@ static const row *look_onward(pl_matcher *m, int32_t state, pl_error *err) {
     return r;
 }
 
-/* Whether everything in the subtree of node `i` is allowed after `c`, because all its characters lead onward in the same way:
- * 1, 0 (not so, or not known), -1 when there is no memory. */
+/* Whether everything in the subtree of node `i` is allowed after `c`, because all its characters lead onward in the
+ * same way: 1, 0 (not so, or not known), -1 when there is no memory. */
 static int32_t all_lead_onward(pl_matcher *m, const cursor *c, const pl_trie *trie, int32_t i, pl_error *err) {
     const pl_trie_node *node = &trie->nodes[i];
     int32_t state = c->state;
     const bool known = m->sets[state].row != UNKNOWN && m->rows[m->sets[state].row].onward != UNKNOWN;
-    if (node->end - i < (known ? SMALL_SUBTREE : LARGE_SUBTREE) || c->partial.missing > 0 || node->groups & PL_GROUP_BROKEN) {
+    const bool large = node->end - i >= (known ? SMALL_SUBTREE : LARGE_SUBTREE);
+    if (!large || c->partial.missing > 0 || node->groups & PL_GROUP_BROKEN) {
         return 0;
     }
     for (int32_t level = 0; level < node->height; level++) { /* a level is one character, or less */
@@ -776,8 +777,8 @@ static int32_t allow(pl_matcher *m, int32_t first, int32_t end, pl_error *err) {
     return 0;
 }
 
-/* Walks the tree, leaving subtrees as soon as nothing in them can come, and collects the allowed tokens as spans of the trie's
- * order. */
+/* Walks the tree, leaving subtrees as soon as nothing in them can come, and collects the allowed tokens as spans of the
+ * trie's order. */
 static int32_t walk(pl_matcher *m, const pl_trie *trie, pl_error *err) {
     if (pl_grow(&m->path, &m->path_room, trie->depth + 2, sizeof *m->path, err) != 0) {
         return -1;

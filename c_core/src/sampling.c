@@ -1,6 +1,7 @@
 /*
- * sampling.c - from logits to a token: bias and penalties, then a chain of steps that choose candidates and thin them out,
- * then a draw. Candidates are sorted, the best first; each step takes probabilities to be those of the candidates left.
+ * sampling.c - from logits to a token: bias and penalties, then a chain of steps that choose candidates and thin them
+ * out, then a draw. Candidates are sorted, the best first; each step takes probabilities to be those of the candidates
+ * left.
  */
 #include <float.h>
 #include <math.h>
@@ -57,9 +58,9 @@ static int32_t select_min_p(pl_sampling *s, const float *logits, double p, pl_er
     return pl_above(logits, s->n_vocab, p > 0 ? (float)(best + log(p)) : -INFINITY, s->tokens, s->logits, err);
 }
 
-/* Mirostat (Basu et al. 2020, https://arxiv.org/abs/2007.14966) bounds the surprise of a token, in bits, by mu. Version 1
- * takes the distribution for Zipf's, estimates its exponent from the 100 most likely tokens, and from that the number k of
- * tokens that keep to the bound: k = ((e 2^mu) / (1 - N^-e))^(1/s), e = s - 1, here in logarithms. */
+/* Mirostat (Basu et al. 2020, https://arxiv.org/abs/2007.14966) bounds the surprise of a token, in bits, by mu. Version
+ * 1 takes the distribution for Zipf's, estimates its exponent from the 100 most likely tokens, and from that the number
+ * k of tokens that keep to the bound: k = ((e 2^mu) / (1 - N^-e))^(1/s), e = s - 1, here in logarithms. */
 static int32_t mirostat_k(const pl_sampling *s, int32_t n, double mu) {
     double products = 0, squares = 0;
     for (int32_t i = 0; i + 1 < n; i++) {
@@ -125,8 +126,8 @@ static double weigh(pl_sampling *s) {
     return sum;
 }
 
-/* Tail-free sampling (https://www.trentonbricken.com/Tail-Free-Sampling): cuts where the curve of the sorted probabilities has
- * flattened out, i.e. where its second differences up to there make up the share z of all. */
+/* Tail-free sampling (https://www.trentonbricken.com/Tail-Free-Sampling): cuts where the curve of the sorted
+ * probabilities has flattened out, i.e. where its second differences up to there make up the share z of all. */
 static void keep_tail_free(pl_sampling *s, double z) {
     const int32_t n = s->n_candidates - 2;
     const double sum = weigh(s);
@@ -144,8 +145,8 @@ static void keep_tail_free(pl_sampling *s, double z) {
     }
 }
 
-/* Locally typical sampling (Meister et al. 2022, https://arxiv.org/abs/2202.00666): keeps the tokens whose surprise is nearest to
- * the expected one, until their probabilities sum to more than p. */
+/* Locally typical sampling (Meister et al. 2022, https://arxiv.org/abs/2202.00666): keeps the tokens whose surprise is
+ * nearest to the expected one, until their probabilities sum to more than p. */
 static int32_t keep_typical(pl_sampling *s, double p, pl_error *err) {
     const int32_t n = s->n_candidates;
     const double sum = weigh(s);
@@ -179,7 +180,8 @@ static int32_t keep_typical(pl_sampling *s, double p, pl_error *err) {
     return 0;
 }
 
-/* Nucleus sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751): the most likely tokens whose probabilities sum to p. */
+/* Nucleus sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751): the most likely tokens whose probabilities
+ * sum to p. */
 static void keep_top_p(pl_sampling *s, double p) {
     const double wanted = p * weigh(s);
     double running = s->work[0];

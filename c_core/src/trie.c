@@ -134,8 +134,8 @@ typedef struct subtree {
     int32_t height;
 } subtree;
 
-/* Finds out what characters lead into each subtree, and how deep it is. The arrays have an element for every depth and one
- * more; those of `below` are zero. */
+/* Finds out what characters lead into each subtree, and how deep it is. The arrays have an element for every depth and
+ * one more; those of `below` are zero. */
 static void look_below(pl_trie *trie, pl_partial *partial, bool *broken, subtree *below) {
     partial[0] = (pl_partial){0};
     broken[0] = false;
