@@ -38,6 +38,7 @@ export async function* llama(prompt, params = {}, config = {}) {
   let ended = false
   try {
     for await (const event of serverSentEvents(response.body)) {
+      controller.signal.throwIfAborted()  // what came before the abort may still be in the buffer
       if (event.data === undefined || event.data === '[DONE]') continue
       const data = JSON.parse(event.data)
       if (data.error) throw serverError(data.error, response.status)
