@@ -6,6 +6,7 @@ import base64
 import contextlib
 import http.client
 import json
+import random
 import shutil
 import signal
 import socket
@@ -429,6 +430,7 @@ def test_errors_as_the_client_sees_them(client):
         ("/completion", {"prompt": "x", "n_predict": True}, "n_predict must be an integer, not true"),
         ("/completion", {"prompt": "x", "n_keep": "all"}, 'n_keep must be an integer, not "all"'),
         ("/completion", {"prompt": "x", "stop": [1]}, "stop must be a string or an array of strings"),
+        ("/completion", {"prompt": "x", "stop": ["x"] * 1000}, "stop has 1000 strings"),
         ("/completion", {"prompt": "x", "temperature": "hot"}, "temperature must be a number"),
         ("/completion", {"prompt": "x", "temperature": 1e300}, "temperature must be a number"),
         ("/completion", {"prompt": "x", "top_k": 1.5}, "top_k must be an integer"),
@@ -617,6 +619,52 @@ def test_bodies_that_are_too_large(tiny):
             assert (answer.status, json.loads(answer.read())["error"]["code"]) == (413, 413)
     assert tiny.refused("/completion", b" " * (17 << 20), 413)
     assert len(tiny.post("/tokenize", content="xy" * (4 << 20))["tokens"]) >= 4 << 20
+
+
+def test_fields_of_any_type_and_size(tiny):
+    """Whatever stands in the fields, the answer is a result or an error that is the client's."""
+    rng = random.Random(1)
+    names = [
+        *SETTINGS,
+        "prompt",
+        "temperature",
+        "penalty_prompt",
+        "system_prompt",
+        "content",
+        "tokens",
+        "messages",
+        "input",
+    ]
+    names += ["max_tokens", "n", "logprobs", "top_logprobs", "stream_options", "echo", "slot_id", "cache_prompt"]
+    leaves = [None, True, False, 0, -1, 2**31, 10**40, 0.5, 1e-300, -1e38, 1e300, "", "x", "\0", "\ud800", "é" * 99]
+
+    def value(depth: int = 0) -> object:
+        kind = rng.randrange(8) if depth < 4 else 2
+        if kind == 0:
+            return [value(depth + 1) for _ in range(rng.randrange(4))]
+        if kind == 1:
+            return {rng.choice(["role", "content", "prompt", "5"]): value(depth + 1) for _ in range(rng.randrange(3))}
+        return rng.choice(leaves)
+
+    paths = [
+        "/completion",
+        "/tokenize",
+        "/detokenize",
+        "/embedding",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+    ]
+    statuses = set()
+    for _ in range(400):
+        body = {"prompt": "hello", "content": "hi", "tokens": [1], "messages": GREETING, "input": "a"}
+        body |= {rng.choice(names): value() for _ in range(rng.randrange(4))}
+        body |= {"n_predict": 2, "max_tokens": 2, "system_prompt": rng.choice([None, 1])}
+        response = tiny.send("POST", rng.choice(paths), body)
+        assert b"server_error" not in response.read(), body
+        statuses.add(response.status)
+    assert statuses == {200, 400}
+    assert tiny.is_idle()
 
 
 def test_half_a_request_hurts_nobody(tiny):

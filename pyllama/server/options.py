@@ -16,6 +16,8 @@ __all__ = ["generation_settings", "read_prompt", "read_request", "read_sampling"
 
 MAX_PROBS = 1000
 """Candidates that are reported with a token; they are kept until the answer is sent."""
+MAX_STOPS = 256
+"""Strings that end a generation; all of them are looked for with every token."""
 
 _NUMBERS = (
     "temperature", "top_p", "min_p", "tfs_z", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
@@ -34,10 +36,17 @@ def read_request(fields: Fields, service: Service, prompt: tuple[int, ...], **sa
         sampling=read_sampling(fields, service, **sampling),
         n_predict=fields.integer("n_predict", service.defaults.n_predict, low=-1),
         n_keep=fields.integer("n_keep", 0, low=-1),
-        stop=fields.strings("stop"),
+        stop=_read_stop(fields),
         cache_prompt=fields.boolean("cache_prompt", True),
         slot_id=fields.integer("slot_id", -1, low=-1),
     )
+
+
+def _read_stop(fields: Fields) -> tuple[str, ...]:
+    stop = fields.strings("stop")
+    if len(stop) > MAX_STOPS:
+        fields.fail("stop", f"has {len(stop)} strings; at most {MAX_STOPS} are possible")
+    return stop
 
 
 def read_sampling(fields: Fields, service: Service, **replaced: Any) -> SamplingParams:
