@@ -72,6 +72,7 @@ $('form').addEventListener('submit', (event) => {
   send()
 })
 $('stop').addEventListener('click', stop)
+window.addEventListener('pagehide', stop)
 document.addEventListener('keydown', (event) => {
   if (event.key === 'Escape') stop()
   if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('form').requestSubmit()

@@ -88,6 +88,16 @@ def first_page(browser: Browser, server: ServerProcess, **options: Any) -> Page:
     return page
 
 
+ENDLESS = """
+const fetch_ = window.fetch
+window.fetch = (url, options = {}) => {
+  if (options.body) options.body = JSON.stringify({ ...JSON.parse(options.body), ignore_eos: true })
+  return fetch_(url, options)
+}
+"""
+"""Makes the page's requests go on after the end that a random model comes to sooner or later."""
+
+
 def write(page: Page, **values: str) -> None:
     for name, value in values.items():
         page.run(f"document.getElementById({json.dumps(name)}).value = {json.dumps(value)}")
@@ -101,6 +111,7 @@ def test_the_page_streams_a_completion(server, browser):
     page = first_page(browser, server)
     assert page.run("document.title") == "pyllama"
     assert page.wait_for("document.getElementById('model').textContent") == "a tiny model · 4096 tokens"
+    page.run(ENDLESS)
     write(page, prompt="hello world", n_predict="40")
     page.run("document.getElementById('send').click()")
     page.wait_for("document.body.dataset.state === 'busy'")
@@ -116,7 +127,8 @@ def test_the_page_streams_a_completion(server, browser):
 @pytest.mark.parametrize("how", ["button", "key"])
 def test_stop_ends_the_generation(server, browser, how):
     page = first_page(browser, server)
-    write(page, n_predict="-1", temperature="2")
+    page.run(ENDLESS)
+    write(page, n_predict="-1")
     page.press("Enter", ctrl=True)
     page.wait_for(f"{TEXT} > 20")
     assert page.run(DISABLED) == [True, False]
@@ -137,6 +149,7 @@ def test_stop_ends_the_generation(server, browser, how):
 @needs_chromium
 def test_leaving_the_page_ends_the_generation(server, browser):
     page = first_page(browser, server)
+    page.run(ENDLESS)
     write(page, n_predict="-1")
     page.run("document.getElementById('send').click()")
     page.wait_for(f"{TEXT} > 20")
