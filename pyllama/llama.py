@@ -7,6 +7,7 @@ HTTP.
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pyllama.chat import ChatTemplate
 from pyllama.engine import Done, Engine, Request, Stream, Token
 from pyllama.models import load
 from pyllama.sampling import Sample, SamplingParams
+from pyllama.tokenizer import Tokenizer
 
 __all__ = ["Llama"]
 
@@ -35,8 +37,12 @@ class Llama:
         use_mmap: map the file instead of reading it.
         use_mlock: keep the weights in memory.
         kv_type: ``f16`` or ``f32``, what keys and values are kept as.
+        chat_template: Jinja2 source that replaces the model's own.
+        embedding: for programs written for llama-cpp-python; embeddings need no preparation here.
+        verbose: tell on standard error what was loaded, and what each call took.
 
     Raises:
+        ChatTemplateError: the template is none.
         GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
         PullError: the default model cannot be fetched.
         OSError: the file cannot be read.
@@ -55,6 +61,9 @@ class Llama:
         use_mmap: bool = True,
         use_mlock: bool = False,
         kv_type: str = "f16",
+        chat_template: str | None = None,
+        embedding: bool = False,
+        verbose: bool = False,
     ) -> None:
         path = pull.path_of() if model_path is None else model_path
         self.model_path = os.fspath(path)
@@ -69,9 +78,19 @@ class Llama:
             mmap=use_mmap,
             mlock=use_mlock,
         )
+        self._template: ChatTemplate | None = None
+        if chat_template is not None:
+            self._template = ChatTemplate.of(self.model.tokenizer, chat_template)
         self.engine = Engine(self.model, n_parallel)
         self._seed = seed
-        self._template: ChatTemplate | None = None
+        self._verbose = verbose
+        if verbose:
+            m = self.model
+            print(
+                f"{m.name}: {m.architecture}, {m.n_params / 1e6:.1f} M parameters, {m.n_bytes / 2**20:.1f} MiB; "
+                f"context {m.n_ctx} tokens, {m.n_threads} threads",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         """Ends running calls and gives the memory back."""
@@ -100,15 +119,15 @@ class Llama:
 
     def token_bos(self) -> int:
         """The token that begins a text; -1 if there is none."""
-        return _or_none(self.model.tokenizer.bos_id)
+        return _or_minus_one(self.model.tokenizer.bos_id)
 
     def token_eos(self) -> int:
         """The token that ends a text; -1 if there is none."""
-        return _or_none(self.model.tokenizer.eos_id)
+        return _or_minus_one(self.model.tokenizer.eos_id)
 
     def token_nl(self) -> int:
         """The newline's token; -1 if there is none."""
-        return _or_none(self.model.tokenizer.nl_id)
+        return _or_minus_one(self.model.tokenizer.nl_id)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -127,24 +146,30 @@ class Llama:
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
         return self.model.tokenizer.encode(text, add_special=add_bos, parse_special=special)
 
-    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
         """The text of tokens, UTF-8. ``special``: spell control tokens out."""
         return self.model.tokenizer.decode(tokens, special=special).encode("utf-8")
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
-    def embed(self, input: str | Sequence[str], normalize: bool = False) -> list[float] | list[list[float]]:
+    def embed(
+        self, input: str | Sequence[str], normalize: bool = False, truncate: bool = True
+    ) -> list[float] | list[list[float]]:
         """The last token's state after the last layer's norm, for each text; one list for a single string.
 
         Args:
             normalize: scale to length 1.
+            truncate: leave out the end of a text that is longer than the context.
+
+        Raises:
+            ValueError: a text is longer than the context, and not to be truncated.
         """
-        rows, _ = self._embed([input] if isinstance(input, str) else list(input), normalize)
+        rows, _ = self._embed([input] if isinstance(input, str) else input, normalize, truncate)
         return rows[0] if isinstance(input, str) else rows
 
     def create_embedding(self, input: str | Sequence[str], model: str | None = None) -> dict[str, Any]:
         """The same in the shape of OpenAI's API."""
-        rows, n_tokens = self._embed([input] if isinstance(input, str) else list(input), normalize=False)
+        rows, n_tokens = self._embed([input] if isinstance(input, str) else input, normalize=False, truncate=True)
         return {
             "object": "list",
             "data": [{"object": "embedding", "embedding": row, "index": i} for i, row in enumerate(rows)],
@@ -152,26 +177,32 @@ class Llama:
             "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
         }
 
-    def _embed(self, texts: list[str], normalize: bool) -> tuple[list[list[float]], int]:
+    def _embed(self, texts: Sequence[str], normalize: bool, truncate: bool) -> tuple[list[list[float]], int]:
         prompts = [self._prompt_tokens(text) for text in texts]
+        most = self.model.n_ctx - 1
+        if truncate:
+            prompts = [prompt[:most] for prompt in prompts]
+        for prompt in prompts:
+            if len(prompt) > most:
+                raise ValueError(f"a text has {len(prompt)} tokens, the context {self.model.n_ctx}")
         streams = [self.engine.submit(Request(prompt=prompt, embedding=True)) for prompt in prompts]
         rows = []
-        for stream in streams:
-            row = self._finished(stream)[2].embedding
-            length = float((row * row).sum()) ** 0.5
-            rows.append((row / length if normalize and length else row).tolist())
+        try:
+            for stream in streams:
+                row = self._finished(stream)[2].embedding
+                length = float((row * row).sum()) ** 0.5
+                rows.append((row / length if normalize and length else row).tolist())
+        finally:
+            for stream in streams:
+                stream.cancel()
         return rows, sum(map(len, prompts))
 
     # -- completions --------------------------------------------------------------------------------------------------
 
-    def __call__(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any] | Iterator[dict[str, Any]]:
-        """The same as :meth:`create_completion`."""
-        return self.create_completion(prompt, **options)
-
     def create_completion(
         self,
         prompt: str | Sequence[int],
-        *,
+        suffix: str | None = None,
         max_tokens: int | None = 16,
         temperature: float = 0.8,
         top_p: float = 0.95,
@@ -194,12 +225,13 @@ class Llama:
         grammar: str | None = None,
         logit_bias: Mapping[int, float] | None = None,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
-        """Continues a prompt.
+        """Continues a prompt. Calling the object does the same.
 
         Args:
             prompt: text, or tokens.
-            max_tokens: most tokens to generate; None or less than 1: as many as the context holds.
-            logprobs: how many of the best tokens' log-probabilities to report with each token; None: none.
+            suffix: what stands after the answer, for models that can fill in a middle.
+            max_tokens: most tokens to generate; None or less than 1: as many as the context holds, which is the most anyway.
+            logprobs: how many of the best tokens' log-probabilities to report with each token; None: none at all.
             echo: put the prompt before the answer.
             stop: texts that end the answer.
             stream: give an iterator of chunks instead of the whole.
@@ -212,52 +244,53 @@ class Llama:
             OpenAI's ``text_completion`` object, or an iterator of such with parts of the text.
 
         Raises:
-            ValueError: an option is out of range, or the prompt does not fit into the context.
+            ValueError: an option is out of range, the prompt does not fit into the context, or the model has no tokens for
+                filling in.
             GrammarError: the grammar is not one.
-            RuntimeError: the model failed.
+            RuntimeError: the model failed, or was closed.
         """
-        params = SamplingParams(
+        params = self._params(
+            grammar, logit_bias, seed, 0 if logprobs is None else max(1, logprobs),
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, tfs_z=tfs_z, typical_p=typical_p,
             repeat_penalty=repeat_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
             mirostat=mirostat_mode, mirostat_tau=mirostat_tau, mirostat_eta=mirostat_eta,
-            seed=self._seed if seed is None else seed, logit_bias=tuple((logit_bias or {}).items()),
-            grammar=grammar or "", n_probs=logprobs or 0,
         )  # fmt: skip
-        tokens = self._prompt_tokens(prompt)
+        tokens = self._prompt_tokens(prompt) if suffix is None else self.infill_tokens(prompt, suffix)
         answer = self._submit(tokens, params, max_tokens, stop)
         echoed = (prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)) if echo else ""
         base = _base("cmpl", "text_completion", model or self.model_path)
         if stream:
             return self._stream_completion(answer, base, echoed, logprobs)
         text, samples, done = self._finished(answer)
+        offsets = _Offsets(self.model.tokenizer, len(echoed))
         return {
             **base,
             "choices": [
                 {
                     "text": echoed + text,
                     "index": 0,
-                    "logprobs": self._logprobs(samples, len(echoed)) if logprobs is not None else None,
+                    "logprobs": self._logprobs(samples, offsets, logprobs) if logprobs is not None else None,
                     "finish_reason": _finish_reason(done),
                 }
             ],
             "usage": _usage(done),
         }
 
+    __call__ = create_completion
+
     def _stream_completion(
         self, answer: Stream, base: dict[str, Any], echoed: str, logprobs: int | None
     ) -> Iterator[dict[str, Any]]:
         def chunk(text: str, samples: Sequence[Sample], finish_reason: str | None) -> dict[str, Any]:
-            told = self._logprobs(samples, offset) if logprobs is not None and samples else None
+            told = self._logprobs(samples, offsets, logprobs) if logprobs is not None and samples else None
             return {**base, "choices": [{"text": text, "index": 0, "logprobs": told, "finish_reason": finish_reason}]}
 
-        offset = 0
+        offsets = _Offsets(self.model.tokenizer, len(echoed))
         if echoed:
             yield chunk(echoed, (), None)
-            offset = len(echoed)
         for event in self._events(answer):
             if isinstance(event, Token):
                 yield chunk(event.text, event.samples, None)
-                offset += len(event.text)
             else:
                 yield chunk("", (), _finish_reason(event))
 
@@ -267,15 +300,15 @@ class Llama:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        max_tokens: int | None = None,
         temperature: float = 0.2,
         top_p: float = 0.95,
+        top_k: int = 40,
         min_p: float = 0.05,
         typical_p: float = 1.0,
-        top_k: int = 40,
         stream: bool = False,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        max_tokens: int | None = None,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         repeat_penalty: float = 1.0,
@@ -286,7 +319,7 @@ class Llama:
         model: str | None = None,
         grammar: str | None = None,
         logit_bias: Mapping[int, float] | None = None,
-        logprobs: bool = False,
+        logprobs: bool | None = None,
         top_logprobs: int | None = None,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answers a conversation, by the model's own chat template.
@@ -295,19 +328,17 @@ class Llama:
             messages: ``{"role": "system" | "user" | "assistant", "content": …}``, the oldest first.
             logprobs, top_logprobs: report each token's log-probability, and those of so many best tokens.
 
-        The other arguments, and what is raised, are as in :meth:`create_completion`; a ``ChatTemplateError`` (a ``ValueError``)
-        says that the template refuses the messages.
+        The other arguments, and what is raised, are as in :meth:`create_completion`; a ``ChatTemplateError`` (a
+        ``ValueError``) says that the template refuses the messages.
 
         Returns:
             OpenAI's ``chat.completion`` object, or an iterator of ``chat.completion.chunk`` objects.
         """
-        params = SamplingParams(
+        params = self._params(
+            grammar, logit_bias, seed, max(1, top_logprobs or 0) if logprobs else 0,
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, tfs_z=tfs_z, typical_p=typical_p,
             repeat_penalty=repeat_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
             mirostat=mirostat_mode, mirostat_tau=mirostat_tau, mirostat_eta=mirostat_eta,
-            seed=self._seed if seed is None else seed, logit_bias=tuple((logit_bias or {}).items()),
-            grammar=grammar or "",
-            n_probs=max(1, top_logprobs or 0) if logprobs else 0,
         )  # fmt: skip
         answer = self._submit(self.chat_tokens(messages), params, max_tokens, stop)
         n_top = top_logprobs or 0
@@ -346,21 +377,84 @@ class Llama:
         Raises:
             ChatTemplateError: the template refuses the messages, or is broken.
         """
-        tokenizer = self.model.tokenizer
         if self._template is None:
-            self._template = ChatTemplate.of(tokenizer)
-        tokens = tokenizer.encode(self._template.render(messages))
-        if tokenizer.add_bos and tokenizer.bos_id is not None and tokens[:1] != [tokenizer.bos_id]:
-            tokens.insert(0, tokenizer.bos_id)  # most templates write it themselves
-        return tuple(tokens)
+            self._template = ChatTemplate.of(self.model.tokenizer)
+        return tuple(self._template.encode(self.model.tokenizer, messages))
+
+    # -- tokens one by one --------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.8,
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        penalize_nl: bool = True,
+        grammar: str | None = None,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """The tokens that follow ``tokens``, until the model ends, the context is full, or nobody asks for more.
+
+        Raises:
+            ValueError, GrammarError, RuntimeError: as :meth:`create_completion`.
+        """
+        params = self._params(
+            grammar, None, seed, 0,
+            temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, tfs_z=tfs_z, typical_p=typical_p,
+            repeat_penalty=repeat_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
+            mirostat=mirostat_mode, mirostat_tau=mirostat_tau, mirostat_eta=mirostat_eta, penalize_nl=penalize_nl,
+        )  # fmt: skip
+        answer = self._submit(self._prompt_tokens(tokens), params, None, None)
+        return (token for event in self._events(answer) if isinstance(event, Token) for token in event.tokens)
 
     # -- the way through the engine -----------------------------------------------------------------------------------
 
+    def _params(
+        self,
+        grammar: str | None,
+        logit_bias: Mapping[int, float] | None,
+        seed: int | None,
+        n_probs: int,
+        **others: Any,
+    ) -> SamplingParams:
+        return SamplingParams(
+            grammar=grammar or "",
+            logit_bias=tuple((logit_bias or {}).items()),
+            seed=self._seed if seed is None else seed,
+            n_probs=n_probs,
+            **others,
+        )
+
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        tokens = self.model.tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
+        tokenizer = self.model.tokenizer
+        tokens = tokenizer.encode(prompt, add_special=True) if isinstance(prompt, str) else prompt
         if not tokens:  # an empty text: begin from nothing, as far as the model knows how
-            tokens = [token for token in (self.model.tokenizer.bos_id, self.model.tokenizer.eos_id) if token is not None][:1]
+            tokens = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
         return tuple(tokens)
+
+    def infill_tokens(self, prefix: str | Sequence[int], suffix: str) -> tuple[int, ...]:
+        """The prompt for what stands between two texts.
+
+        Raises:
+            ValueError: the model has no tokens for that.
+        """
+        tokenizer = self.model.tokenizer
+        marks = {"prefix": tokenizer.fim_pre_id, "suffix": tokenizer.fim_suf_id, "middle": tokenizer.fim_mid_id}
+        if missing := [name for name, token in marks.items() if token is None]:
+            raise ValueError(f"the model cannot fill in: its vocabulary has no token for {', '.join(missing)}")
+        before = tokenizer.encode(prefix, parse_special=False) if isinstance(prefix, str) else prefix
+        after = tokenizer.encode(suffix, parse_special=False)
+        begin = [tokenizer.bos_id] if tokenizer.add_bos else []
+        return (*begin, marks["prefix"], *before, marks["suffix"], *after, marks["middle"])
 
     def _submit(
         self, tokens: tuple[int, ...], params: SamplingParams, max_tokens: int | None, stop: str | Sequence[str] | None
@@ -369,47 +463,52 @@ class Llama:
         if room < 1:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the context {self.model.n_ctx}")
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        n_predict = room if max_tokens is None or max_tokens < 1 else max_tokens
+        n_predict = room if max_tokens is None or max_tokens < 1 else min(max_tokens, room)
         return self.engine.submit(Request(prompt=tokens, sampling=params, n_predict=n_predict, stop=stop))
 
-    @staticmethod
-    def _events(answer: Stream) -> Iterator[Token | Done]:
+    def _events(self, answer: Stream) -> Iterator[Token | Done]:
         """The stream's events; a reader that stops early cancels the request."""
         try:
             for event in answer:
-                if isinstance(event, Done) and event.error:
-                    raise RuntimeError(event.error)
+                if isinstance(event, Done):
+                    self._check(event)
                 yield event
         finally:
             answer.cancel()
 
-    @classmethod
-    def _finished(cls, answer: Stream) -> tuple[str, list[Sample], Done]:
+    def _finished(self, answer: Stream) -> tuple[str, list[Sample], Done]:
         try:
             text, samples, done = answer.result()
-        except BaseException:  # KeyboardInterrupt above all: the engine should not go on for nobody
+        finally:  # KeyboardInterrupt above all: the engine should not go on for nobody
             answer.cancel()
-            raise
+        self._check(done)
+        return text, samples, done
+
+    def _check(self, done: Done) -> None:
+        """Raises ``RuntimeError`` for an end that is no answer."""
         if done.error:
             raise RuntimeError(done.error)
-        return text, samples, done
+        if done.reason == "cancelled":
+            raise RuntimeError("the model was closed")
+        if self._verbose:
+            t = done.timings
+            print(
+                f"prompt: {t.prompt_n} tokens in {t.prompt_ms:.0f} ms, {done.n_reused} known before; "
+                f"answer: {t.predicted_n} tokens in {t.predicted_ms:.0f} ms",
+                file=sys.stderr,
+            )
 
     def _text_of(self, token: int) -> str:
         return self.model.tokenizer.token_bytes(token, special=True).decode("utf-8", "replace")
 
-    def _logprobs(self, samples: Sequence[Sample], offset: int) -> dict[str, Any]:
+    def _logprobs(self, samples: Sequence[Sample], offsets: _Offsets, n_top: int) -> dict[str, Any]:
         """OpenAI's ``logprobs`` object of text completions."""
-        texts = [self._text_of(sample.token) for sample in samples]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
         return {
-            "tokens": texts,
-            "text_offset": offsets,
+            "tokens": [self._text_of(sample.token) for sample in samples],
+            "text_offset": [offsets.next(sample.token) for sample in samples],
             "token_logprobs": [sample.logprob for sample in samples],
             "top_logprobs": [
-                {self._text_of(token): logprob for token, logprob in sample.top_logprobs} for sample in samples
+                {self._text_of(token): logprob for token, logprob in sample.top_logprobs[:n_top]} for sample in samples
             ],
         }
 
@@ -431,7 +530,19 @@ class Llama:
         }
 
 
-def _or_none(token: int | None) -> int:
+class _Offsets:
+    """Where each token of an answer begins in its text; tokens within a character begin where it does."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
+        self._decoder, self._at = tokenizer.stream_decoder(), start
+
+    def next(self, token: int) -> int:
+        at = self._at
+        self._at += len(self._decoder.push(token))
+        return at
+
+
+def _or_minus_one(token: int | None) -> int:
     return -1 if token is None else token
 
 

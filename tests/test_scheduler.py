@@ -218,7 +218,9 @@ def test_random_lives_end_and_leave_nothing() -> None:
     for seed in range(30):
         rng = random.Random(seed)
         n_ctx = rng.choice([64, 96, 200])
-        run = Run(n_ctx=n_ctx, n_batch=rng.choice([4, 16, 64]), n_slots=rng.randrange(1, 6), continuous=rng.random() < 0.7)
+        run = Run(
+            n_ctx=n_ctx, n_batch=rng.choice([4, 16, 64]), n_slots=rng.randrange(1, 6), continuous=rng.random() < 0.7
+        )
         stem = rng.choices(range(100), k=n_ctx)
         sequences = []
         for _ in range(15):
