@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyllama import __version__, pull
+
+if TYPE_CHECKING:
+    from pyllama.llama import Llama
 
 __all__ = ["main"]
 
@@ -20,15 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["serve"]:  # the server has its own flags, the documented ones
         from pyllama.server.main import main as serve
 
-        return serve(arguments[1:])
+        return serve(arguments[1:], prog="pyllama serve")
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output has gone; nothing of what is still in the buffer can be sent
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError, RuntimeError) as error:
         print(f"pyllama: {error}", file=sys.stderr)
@@ -36,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pyllama", description="Language models from GGUF files, on your own machine.")
+    parser = argparse.ArgumentParser(
+        prog="pyllama", description="Language models from GGUF files, on your own machine."
+    )
     parser.add_argument("--version", action="version", version=f"pyllama {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("serve", help="answer HTTP requests (see `pyllama serve --help`)")
@@ -80,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_path(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-m", "--model", type=Path, metavar="FILE", help="GGUF file (default: SmolLM2-135M-Instruct, fetched once)")
+    p.add_argument(
+        "-m", "--model", type=Path, metavar="FILE", help="GGUF file (default: SmolLM2-135M-Instruct, fetched once)"
+    )
 
 
 def _add_model(p: argparse.ArgumentParser, n_ctx: int = 512) -> None:
@@ -92,7 +101,9 @@ def _add_model(p: argparse.ArgumentParser, n_ctx: int = 512) -> None:
 def _add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
     p.add_argument("-n", "--n-predict", type=int, default=n_predict, metavar="N",
                    help="most tokens to generate, -1 for no limit (%(default)s)")  # fmt: skip
-    p.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (%(default)s)")
+    p.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (%(default)s)"
+    )
     p.add_argument("--top-k", type=int, default=40, metavar="K", help="(%(default)s)")
     p.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(%(default)s)")
     p.add_argument("--min-p", type=float, default=0.05, metavar="P", help="(%(default)s)")
@@ -105,7 +116,7 @@ def _path(args: argparse.Namespace) -> Path:
     return args.model or pull.path_of()
 
 
-def _llama(args: argparse.Namespace) -> Any:
+def _llama(args: argparse.Namespace) -> Llama:
     from pyllama.llama import Llama
 
     return Llama(_path(args), n_ctx=args.ctx_size, n_threads=args.threads, n_parallel=1)
@@ -130,8 +141,13 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+def _standard_input() -> str:
+    """All of it, without the newline that ends its last line."""
+    return sys.stdin.read().removesuffix("\n")
+
+
 def _complete(args: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    prompt = _standard_input() if args.prompt is None else args.prompt
     with _llama(args) as llm:
         _say(prompt)
         for chunk in llm.create_completion(prompt, **_options(args)):
@@ -143,39 +159,53 @@ def _complete(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     """Turns of a conversation until the end of the input; an interrupt ends the running answer only."""
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    interactive = sys.stdin.isatty()
     with _llama(args) as llm:
-        while True:
-            try:
-                line = input("> ") if interactive else sys.stdin.readline()
-            except EOFError:
-                break
-            if not interactive and not line:
-                break
-            if not line.strip():
-                continue
-            messages.append({"role": "user", "content": line.strip()})
+        for line in _lines():
+            messages.append({"role": "user", "content": line})
+            _forget_oldest(llm, messages)
             answer: list[str] = []
             try:
                 for chunk in llm.create_chat_completion(messages, **_options(args)):
-                    text = chunk["choices"][0]["delta"].get("content", "")
+                    text = chunk["choices"][0]["delta"].get("content") or ""
                     answer.append(text)
                     _say(text)
             except KeyboardInterrupt:
-                if not interactive:
+                if not sys.stdin.isatty():
                     raise
             _say("\n")
             messages.append({"role": "assistant", "content": "".join(answer)})
-    if interactive:
-        _say("\n")
     return 0
+
+
+def _forget_oldest(llm: Llama, messages: list[dict[str, str]]) -> None:
+    """Drops the first turns of a conversation until at least a quarter of the context is left for the answer."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    while len(messages) > first + 1 and len(llm.chat_tokens(messages)) > 0.75 * llm.n_ctx():
+        del messages[first : first + 2]
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, line by line, with a prompt and editing on a terminal; lines of nothing but spaces are left out."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() edits lines once this is there
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            if interactive:
+                _say("\n")
+            return
+        if line:
+            yield line
 
 
 def _tokenize(args: argparse.Namespace) -> int:
     from pyllama import tokenizer
     from pyllama.gguf import GGUFFile
 
-    text = sys.stdin.read() if args.text is None else args.text
+    text = _standard_input() if args.text is None else args.text
     with GGUFFile.open(_path(args)) as gguf:
         t = tokenizer.from_gguf(gguf)
     tokens = t.encode(text, add_special=not args.no_special, parse_special=not args.no_special)
