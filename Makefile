@@ -12,19 +12,21 @@ SANITIZE_CC ?= gcc
 
 VENV := .venv
 BIN := $(VENV)/bin
+# With the environment's cmake and ninja.
+WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SOURCES := CMakeLists.txt $(wildcard c_core/include/*.h c_core/src/*.[ch] c_core/src/cpu/*.[ch])
 
 .PHONY: setup serve test lint sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed build/.built
-	@$(BIN)/python -c "from pyllama import pull; print('default model:', pull.path_of())"
+	@path=$$($(BIN)/pyllama pull smollm2-135m-instruct) && echo "default model: $$path"
 
 serve: setup
 	$(BIN)/python server.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(WITH_TOOLS) $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -41,16 +43,18 @@ $(VENV)/.installed: pyproject.toml
 	    --config-settings=editable.mode=inplace --editable ".[test]"
 	@touch $@
 
+# A build folder that somebody configured otherwise is taken as it is; one that could not be configured is not kept.
+CONFIGURE = @$(WITH_TOOLS) CMAKE_GENERATOR=Ninja $(BIN)/cmake -S . -B $(1) $(2) >/dev/null || \
+    { rm -rf $(1)/CMakeCache.txt $(1)/CMakeFiles; exit 1; }
+
 build/.built: $(VENV)/.installed $(SOURCES)
 	@command -v $${CC:-cc} >/dev/null || { echo "make: no C compiler (Debian, Ubuntu: apt install gcc libc6-dev)" >&2; exit 1; }
-	@test -f build/CMakeCache.txt || \
-	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null
+	$(call CONFIGURE,build)
 	$(BIN)/cmake --build build --parallel
 	@touch $@
 
 build-asan/.built: $(VENV)/.installed $(SOURCES)
-	@test -f build-asan/CMakeCache.txt || PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B build-asan -G Ninja \
-	    -DCMAKE_C_COMPILER=$(SANITIZE_CC) -DCMAKE_BUILD_TYPE=Debug -DPYLLAMA_SANITIZE=address,undefined >/dev/null
+	$(call CONFIGURE,build-asan,-DCMAKE_C_COMPILER=$(SANITIZE_CC) -DCMAKE_BUILD_TYPE=Debug -DPYLLAMA_SANITIZE=address,undefined)
 	$(BIN)/cmake --build build-asan --parallel
 	@touch $@
 
@@ -60,7 +64,7 @@ UNDER_SANITIZERS = PYLLAMA_CORE=$(CURDIR)/build-asan/libpyllama_core.so LD_PRELO
 CORE_TESTS = $(wildcard $(patsubst %,tests/test_%.py,formats products models graph gguf tokenizer grammar sampling fuzz))
 
 sanitize: setup build-asan/.built
-	$(UNDER_SANITIZERS) $(BIN)/python -m pytest -p no:cacheprovider $(CORE_TESTS) $(ARGS)
+	$(WITH_TOOLS) $(UNDER_SANITIZERS) $(BIN)/python -m pytest -p no:cacheprovider $(CORE_TESTS) $(ARGS)
 
 fuzz: setup build-asan/.built
 	$(UNDER_SANITIZERS) $(BIN)/python -m tests.fuzz_gguf --cases 10000 --processes 2 $(ARGS)

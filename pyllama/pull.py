@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 __all__ = ["DEFAULT", "KNOWN", "KnownModel", "PullError", "cache_folder", "cached_path", "path_of"]
+
+
+_WORK_PREFIX = ".pull-"
 
 
 class PullError(RuntimeError):
@@ -107,7 +111,7 @@ def path_of(name: str = DEFAULT, progress: bool = True) -> Path:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock"):
+        with _locked(folder / ".lock", progress):
             return cached_path(name) or _fetch(name, model, folder, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -122,18 +126,25 @@ def _find(name: str) -> KnownModel:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, progress: bool) -> Iterator[None]:
     """Holds a lock that the system takes back when the process ends, however it ends."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                print("waiting for another program that is fetching a model", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _fetch(name: str, model: KnownModel, folder: Path, progress: bool) -> Path:
     if progress:
         print(f"fetching {name} ({model.download_bytes / 1e6:.0f} MB) into {folder}", file=sys.stderr)
+    for abandoned in folder.glob(f"{_WORK_PREFIX}*"):  # by a program that was killed: the lock is ours
+        shutil.rmtree(abandoned, ignore_errors=True)
     with (
-        tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as work_name,
+        tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=folder) as work_name,
         # tqdm takes None for: no bar unless it goes to a terminal.
         tqdm(
             total=model.download_bytes, unit="B", unit_scale=True, leave=False, disable=None if progress else True

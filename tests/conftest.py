@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,13 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def gemma_path() -> Path:
     return _real_model("PYLLAMA_TEST_GEMMA", "gemma-3-270m")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what this machine could not test, so that nobody takes a green run for a whole one."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
+    if not reasons:
+        return
+    terminalreporter.section("NOT TESTED ON THIS MACHINE", red=True, bold=True)
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5} tests: {reason.removeprefix('Skipped: ')}", red=True)

