@@ -19,7 +19,7 @@ from pyllama.kv_cache import BlockTable, KVCache
 __all__ = ["Chunk", "ContextFull", "Scheduler", "Sequence", "truncated"]
 
 _LEAST_CHUNK = 16
-_CHUNK_STEPS = 2.0  # a chunk of a prompt may cost the running streams about this many ordinary steps
+_STEPS_BESIDE = 3.0  # a step with a chunk of a prompt may take as long as about this many that only generate
 
 
 class ContextFull(RuntimeError):
@@ -108,7 +108,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self._numbers = itertools.count()
-        self._step_seconds = self._token_seconds = 0.0  # of a step that only generates; of a prompt's token
+        self._step_seconds = 0.0  # of a step that only generates
+        self._chunk_beside = _LEAST_CHUNK  # tokens of prompts in a step beside streams
 
     # -- sequences come and go ----------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Scheduler:
         """Fills the batch up with chunks of prompts, or of what was preempted, in order of arrival."""
         budget = self.model.n_batch - len(chunks)
         if chunks:
-            budget = min(budget, self._chunk_beside_streams())
+            budget = min(budget, self._chunk_beside)
         computed_now = set()
         for sequence in tuple(self.running):
             if budget <= 0:
@@ -202,12 +203,6 @@ class Scheduler:
         sequence.n_evaluated = self.cache.share(sequence.table, sequence.tokens, before)
         if not sequence.generating:
             sequence.n_reused += sequence.n_evaluated - before
-
-    def _chunk_beside_streams(self) -> int:
-        """Tokens of prompts that make a step about three times as long as one that only generates."""
-        if not self._step_seconds or not self._token_seconds:
-            return _LEAST_CHUNK
-        return max(_LEAST_CHUNK, int(_CHUNK_STEPS * self._step_seconds / self._token_seconds))
 
     def _make_room(self, sequence: Sequence, n: int) -> bool:
         """Blocks for the sequence's next ``n`` tokens, if need be by preempting younger ones or dropping its own oldest tokens.
@@ -252,22 +247,30 @@ class Scheduler:
         Args:
             seconds: what the run took.
         """
-        n_prompt = 0
+        n_prompt = n_streams = 0
         for chunk in chunks:
             sequence = chunk.sequence
             if not sequence.generating:
                 sequence.n_prompt_run += chunk.n
-            if not sequence.generating or sequence.n_waiting > 1:
+            if sequence.generating and sequence.n_waiting == 1:
+                n_streams += 1
+            else:
                 n_prompt += chunk.n
             sequence.n_evaluated += chunk.n
             self.cache.commit(sequence.table, sequence.tokens, sequence.n_evaluated)
         if n_prompt == 0:
-            self._step_seconds = _blend(self._step_seconds, seconds)
-        elif n_prompt >= _LEAST_CHUNK:
-            beside = self._step_seconds if n_prompt < sum(chunk.n for chunk in chunks) else 0.0
-            self._token_seconds = _blend(self._token_seconds, max(seconds - beside, 0.1 * seconds) / n_prompt)
+            # A running mean, which one interrupted step does not throw off.
+            mean = self._step_seconds or seconds
+            self._step_seconds = 0.8 * mean + 0.2 * min(seconds, 4 * mean)
+        elif n_streams and self._step_seconds:
+            self._adapt(n_prompt, seconds)
 
+    def _adapt(self, n_prompt: int, seconds: float) -> None:
+        """Learns how large a chunk may be beside streams.
 
-def _blend(old: float, new: float) -> float:
-    """A running mean that forgets slowly and is not thrown off by one interrupted step."""
-    return new if old == 0.0 else 0.9 * old + 0.1 * min(new, 4 * old)
+        A chunk r times as large takes at most r times as long, since a part of each step is the same for every size. So this
+        comes near to the wanted time from below.
+        """
+        ratio = _STEPS_BESIDE * self._step_seconds / seconds
+        if n_prompt == self._chunk_beside or ratio < 1:
+            self._chunk_beside = max(_LEAST_CHUNK, min(int(n_prompt * min(ratio, 2.0)), self.model.n_batch))

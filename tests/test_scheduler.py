@@ -87,6 +87,7 @@ def test_a_long_prompt_makes_no_step_much_longer(step: float, token: float) -> N
     chunks = run.sizes(long)
     assert sum(chunks) == 1500
     assert min(chunks[:-1]) >= 16
+    assert max(chunks) >= min(400, (2.5 * ordinary - step) / token)  # and none much shorter than it may be
 
 
 def test_prompts_come_in_order_of_arrival() -> None:
