@@ -73,20 +73,24 @@ static void panel_times_tile(const pl_kernels *k, const pl_weight *w, int64_t pa
 }
 
 /*
- * Claims of a product's work: `n_units` row units (panels, or pairs of them) times the tiles. Tiles are taken in chunks that
- * stay in the second-level cache while the units pass over them.
+ * A product's work: `n_units` row units (panels, or pairs of them) times the tiles. Tiles are taken in chunks that stay in the
+ * second-level cache while the units pass over them. With one chunk each member begins with a run of units of its own, so
+ * that the weights stream past undisturbed, and claims the rest in small pieces, so that a member that was held up is helped.
  */
 typedef struct work {
-    int64_t n_units, units_per_claim, claims_per_chunk;
+    int64_t n_units, own_units, units_per_claim, claims_per_chunk;
     int32_t tiles_per_chunk, n_tiles;
+    bool began;
 } work;
 
 static work divide(int64_t n_units, const operand *x, int32_t members) {
     enum { CHUNK_BYTES = 512 << 10, MOST_UNITS = 8, CLAIMS_PER_MEMBER = 8 };
     work d = {.n_units = n_units, .n_tiles = x->n_tiles};
     d.tiles_per_chunk = (int32_t)PL_MAX(1, PL_MIN(CHUNK_BYTES / x->tile_bytes, x->n_tiles));
+    d.own_units = d.tiles_per_chunk == d.n_tiles ? n_units * 3 / 4 / members : 0;
+    const int64_t shared = n_units - d.own_units * members;
     d.units_per_claim = PL_MAX(1, PL_MIN(MOST_UNITS, n_units / (CLAIMS_PER_MEMBER * members)));
-    d.claims_per_chunk = (n_units + d.units_per_claim - 1) / d.units_per_claim;
+    d.claims_per_chunk = (shared + d.units_per_claim - 1) / d.units_per_claim;
     return d;
 }
 
@@ -95,12 +99,17 @@ typedef struct claim {
     int32_t first_tile, last_tile;
 } claim;
 
-static bool next_claim(const work *d, atomic_int *counter, claim *c) {
+static bool next_claim(work *d, atomic_int *counter, const pl_member *member, claim *c) {
+    if (!d->began && d->own_units) {
+        d->began = true;
+        *c = (claim){d->own_units * member->index, d->own_units * (member->index + 1), 0, d->n_tiles};
+        return true;
+    }
     const int64_t number = pl_claim(counter), chunk = number / d->claims_per_chunk;
     if (chunk * d->tiles_per_chunk >= d->n_tiles) {
         return false;
     }
-    c->first_unit = number % d->claims_per_chunk * d->units_per_claim;
+    c->first_unit = d->own_units * member->count + number % d->claims_per_chunk * d->units_per_claim;
     c->last_unit = PL_MIN(c->first_unit + d->units_per_claim, d->n_units);
     c->first_tile = (int32_t)(chunk * d->tiles_per_chunk);
     c->last_tile = PL_MIN(c->first_tile + d->tiles_per_chunk, d->n_tiles);
@@ -143,9 +152,9 @@ static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, c
     for (int32_t i = 0; i < n_to; i++) {
         panels += to[i].w->n_panels;
     }
-    const work d = divide(panels, x, member->count);
+    work d = divide(panels, x, member->count);
     claim c;
-    while (next_claim(&d, counter, &c)) {
+    while (next_claim(&d, counter, member, &c)) {
         for (int64_t unit = c.first_unit; unit < c.last_unit; unit++) {
             const destination *t = to;
             int64_t panel = unit;
@@ -207,9 +216,9 @@ static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters,
     const int32_t width = (int32_t)op->w[0]->n_rows;
     float *y = op->dst[0] < 0 ? NULL : data_of(s, op->dst[0]);
     const pl_q8 q = op->dst[1] < 0 ? (pl_q8){0} : q8_of(s, op->dst[1]);
-    const work d = divide((width + UNIT - 1) / UNIT, &x, member->count);
+    work d = divide((width + UNIT - 1) / UNIT, &x, member->count);
     claim c;
-    while (next_claim(&d, &counters[0], &c)) {
+    while (next_claim(&d, &counters[0], member, &c)) {
         for (int64_t unit = c.first_unit; unit < c.last_unit; unit++) {
             const int32_t columns = (int32_t)PL_MIN(UNIT, width - unit * UNIT);
             for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
