@@ -7,6 +7,7 @@ This module knows nothing of HTTP, chat templates or files.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -241,6 +242,7 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="pyllama-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread within the core would not notice that the program ends
 
     # -- for any thread -----------------------------------------------------------------------------------------------
 
@@ -297,6 +299,7 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self

@@ -97,6 +97,10 @@ class Llama:
         self.engine.close()
         self.model.close()
 
+    def __del__(self) -> None:
+        if "engine" in self.__dict__:  # otherwise it was never loaded
+            self.close()
+
     def __enter__(self) -> Llama:
         return self
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -295,6 +297,26 @@ def test_closing(llm: Llama) -> None:
         list(stream)
     with pytest.raises(EngineClosed):
         other(PROMPT)
+
+
+def test_what_is_left_open_is_closed(llm: Llama) -> None:
+    n_threads = threading.active_count()
+    other = Llama(llm.model_path, n_ctx=64, n_threads=1)
+    assert threading.active_count() == n_threads + 1
+    del other
+    assert threading.active_count() == n_threads
+
+
+def test_a_program_may_end_in_the_middle(llm: Llama) -> None:
+    program = f"""if True:
+        from pyllama import Llama
+        llm = Llama({llm.model_path!r}, n_ctx=20_000, n_threads=2)
+        streams = [llm("hello", max_tokens=None, stream=True, logit_bias={{2: -100.0}}) for _ in range(3)]
+        for stream in streams:
+            next(stream)
+        """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_verbose_tells_what_happens(llm: Llama, capfd) -> None:
