@@ -279,6 +279,15 @@ def test_more_connections_than_threads():
         assert all(connection.getresponse().read() == b"hello" for connection in slow)
 
 
+def test_a_flood_of_connections_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr("pyllama.server.http.MAX_CONNECTIONS", 20)
+    with running(hello, timeout=600) as server, contextlib.ExitStack() as stack:
+        for i in range(36):
+            connection = stack.enter_context(server.connect())
+            connection.sendall(b"GET / HTTP/1.1\r\n" if i % 2 else b"")
+        assert server.get().read() == b"hello"
+
+
 def test_one_connection_for_many_requests():
     with running(hello) as server:
         connection = http.client.HTTPConnection(server.host, server.port, timeout=10)

@@ -28,7 +28,8 @@ __all__ = ["MAX_BODY", "NOTES", "RequestRecord", "Server"]
 MAX_BODY = 16 << 20
 """Bytes of a request's body."""
 MAX_HEADER = 64 << 10
-MAX_CONNECTIONS = 1000
+MAX_CONNECTIONS = 500
+"""Beyond these, the ones that have been silent for longest make room. Well below the usual limit of 1024 open files."""
 MAX_UNREAD = 1 << 20
 """Bytes of a stream that wait for a slow reader before the stream itself has to wait."""
 LINGER_SECONDS = 5.0
@@ -143,6 +144,10 @@ class _Channel(HTTPChannel):
         unread = self.total_outbufs_len and self.last_activity < cutoff
         return bool(unread) or (self.lingering_until is not None and self.lingering_until < now)
 
+    def is_silent(self, now: float) -> bool:
+        """Is nothing being answered, and has nothing been heard for a second?"""
+        return not self.requests and not self.total_outbufs_len and self.last_activity < now - 1
+
 
 class _Listener(TcpWSGIServer):
     """One listening socket."""
@@ -150,11 +155,18 @@ class _Listener(TcpWSGIServer):
     channel_class = _Channel
     on_request: Callable[[RequestRecord], None]
 
-    def maintenance(self, now: float) -> None:
-        super().maintenance(now)
-        for channel in list(self.active_channels.values()):
-            if channel.is_overdue(now, now - self.adj.channel_timeout):
-                channel.handle_close()
+    def close_overdue(self, now: float) -> None:
+        """Closes connections that are overdue, and silent ones where there are too many.
+
+        Not to be called from within the loop: it would take a new connection for the closed one whose number it got.
+        """
+        channels = list(self.active_channels.values())
+        closing = [channel for channel in channels if channel.is_overdue(now, now - self.adj.channel_timeout)]
+        if self.in_connection_overflow:
+            silent = sorted((c for c in channels if c.is_silent(now)), key=lambda channel: channel.last_activity)
+            closing += silent[: len(channels) // 4 + 1]
+        for channel in closing:
+            channel.handle_close()
 
 
 class Server:
@@ -205,6 +217,7 @@ class Server:
         self._map: dict[int, Any] = {}
         self._listeners: list[_Listener] = []
         self._stopping = False
+        self._next_look = 0.0
         try:
             for address in settings.listen:
                 listener = _Listener(
@@ -247,6 +260,11 @@ class Server:
 
     def _poll(self, seconds: float) -> None:
         wasyncore.loop(timeout=seconds, use_poll=True, map=self._map, count=1)
+        now = time.time()
+        if now >= self._next_look:
+            self._next_look = now + 1
+            for listener in self._listeners:
+                listener.close_overdue(now)
 
     def _is_busy(self) -> bool:
         channels = [channel for listener in self._listeners for channel in listener.active_channels.values()]
