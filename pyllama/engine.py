@@ -356,7 +356,7 @@ class Engine:
                 self._wake.wait()
             arrived, self._arrived, self._news = self._arrived, [], False
             system = self._system
-        if system is not self._cache.pinned:
+        if system != self._cache.pinned:
             self._cache.pin(system)
         for job in arrived:
             sequence = self._sequence_of(job)
