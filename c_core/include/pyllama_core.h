@@ -214,7 +214,7 @@ int32_t pl_run(pl_program *p, int32_t n_threads, const pl_batch *batch, pl_error
 
 /* Copies K and V of positions [src_pos, src_pos + n) of one block list to positions [dst_pos, dst_pos + n) of another, and
  * rotates K by dst_pos - src_pos with the rope of each layer in the program (nothing is rotated when the two are equal).
- * The two ranges may not overlap in the same block. */
+ * Positions are copied in ascending order, so that a range may move down over itself; it may not move up over itself. */
 int32_t pl_kv_copy(const pl_program *p, const int32_t *src_blocks, int32_t n_src, int32_t src_pos,
                    const int32_t *dst_blocks, int32_t n_dst, int32_t dst_pos, int32_t n, pl_error *err);
 

@@ -140,7 +140,7 @@ class Model:
         self, src_blocks: Sequence[int], src_pos: int, dst_blocks: Sequence[int], dst_pos: int, n: int
     ) -> None:
         """Copies keys and values of positions [src_pos, src_pos + n) of one block list to [dst_pos, dst_pos + n) of another;
-        keys are rotated by ``dst_pos - src_pos``. The ranges must not overlap inside one block.
+        keys are rotated by ``dst_pos - src_pos``. Positions go in ascending order, so that a range may move down over itself.
 
         Raises:
             CoreError: a block or position is out of range.
