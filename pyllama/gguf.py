@@ -7,6 +7,7 @@ what models keep in it.
 
 from __future__ import annotations
 
+import itertools
 import mmap as mmap_module
 import os
 import struct
@@ -260,6 +261,10 @@ class GGUFFile:
             if name in tensors:
                 raise GGUFError(f"the tensor {name!r} comes twice")
             tensors[name] = self._check_tensor(name, shape, kind, start, offset)
+        # Were this possible, a small file could fill any memory: thousands of large tensors over the same bytes.
+        for one, other in itertools.pairwise(sorted(tensors.values(), key=lambda info: info.offset)):
+            if one.offset + one.n_bytes > other.offset:
+                raise GGUFError(f"the tensors {one.name!r} and {other.name!r} overlap")
         return tensors
 
     def _check_tensor(self, name: str, shape: tuple[int, ...], kind: int, start: int, offset: int) -> TensorInfo:

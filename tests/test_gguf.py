@@ -240,6 +240,16 @@ LIES: list[tuple[str, bytes, str]] = [
         "takes bytes 64 to 4194368; the file has 4153",
     ),
     ("tensor twice", file_of(tensor() * 2, n_tensors=2), "the tensor 't' comes twice"),
+    (
+        "tensors that overlap",
+        file_of(tensor(b"a", (64,)), tensor(b"b", offset=128), n_tensors=2),
+        "the tensors 'a' and 'b' overlap",
+    ),
+    (
+        "tensors at one place",
+        file_of(tensor(b"a"), tensor(b"b"), n_tensors=2),
+        "the tensors 'a' and 'b' overlap",
+    ),
     ("tensor name not UTF-8", file_of(tensor(b"\x80"), n_tensors=1), "the name of tensor 0 at byte 24 is not UTF-8"),
 ]
 

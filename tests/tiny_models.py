@@ -20,24 +20,7 @@ TURNS = (
     "else message['role']) + '\n' + message['content'] + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-WORDS = [
-    "the",
-    "and",
-    "ing",
-    "ion",
-    "you",
-    "that",
-    "with",
-    "this",
-    "have",
-    "from",
-    "they",
-    "will",
-    "what",
-    "there",
-    "one",
-]
-WORDS += ["all", "her", "hello", "world", "time", "day", "not", "are", "for"]
+WORDS = "the and ing ion you that with this have from they will what there one all her hello world time day not are for".split()
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
