@@ -65,9 +65,9 @@ class Program:
 
     def run(self) -> int:
         """Serves until :meth:`stop`; returns the exit status."""
-        threading.Thread(target=self._load, name="pyllama-load", daemon=True).start()
         for host, port in self.server.addresses:
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        threading.Thread(target=self._load, name="pyllama-load", daemon=True).start()
         self.server.run(on_stop=self.service.stop)
         if self._engine is not None:
             self._engine.close()
