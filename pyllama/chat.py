@@ -1,12 +1,14 @@
 """From a list of chat messages to a prompt, by the model's own Jinja2 template.
 
-A template comes out of a model file, so it runs in a sandbox and can be wrong in any way: whatever happens in it is a
-:class:`ChatTemplateError`. Models without a template are given ChatML. This module knows no HTTP.
+A template comes out of a model file, so it runs in a sandbox, with bounds on time and output, and can be wrong in any way:
+whatever happens in it is a :class:`ChatTemplateError`. Models without a template are given ChatML. This module knows no HTTP.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -26,6 +28,13 @@ CHATML = (
 )
 """The template of models that bring none."""
 
+MAX_SOURCE = 1 << 20
+"""Characters of a template."""
+MAX_OUTPUT = 1 << 25
+"""Characters of a prompt."""
+MAX_SECONDS = 5.0
+"""Time that rendering may take."""
+
 
 class ChatTemplateError(ValueError):
     """Messages that are not messages, a template that refuses them, or one that is broken; the message says which."""
@@ -43,14 +52,16 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | None = None, bos_text: str = "", eos_text: str = "") -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals.update(
             raise_exception=_raise_exception, strftime_now=_strftime_now, bos_token=bos_text, eos_token=eos_text
         )
         self.source = CHATML if source is None else source
+        self.stop: tuple[str, ...] = ("<|im_end|>",) if self.source == CHATML else ()
+        """Texts that end an answer besides the model's own tokens, which may not know of ChatML."""
+        if len(self.source) > MAX_SOURCE:
+            raise ChatTemplateError(f"the chat template has {len(self.source)} characters; {MAX_SOURCE} are possible")
         try:
             self._template = environment.from_string(self.source)
         except TemplateSyntaxError as error:
@@ -86,8 +97,15 @@ class ChatTemplate:
         """
         variables["messages"] = _plain_messages(messages)
         variables["add_generation_prompt"] = add_generation_prompt
+        _rendering.end = time.monotonic() + MAX_SECONDS
+        pieces, size = [], 0
         try:
-            return self._template.render(variables)
+            for piece in self._template.generate(variables):
+                _look_at_the_clock()
+                pieces.append(piece)
+                size += len(piece)
+                _check_size(size)
+            return "".join(pieces)
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template: {error}") from None
         except Exception as error:  # noqa: BLE001 - a template can call anything that its variables offer
@@ -136,7 +154,52 @@ def _plain_content(content: object, name: str) -> str:
     return "".join(texts)
 
 
-# ---- what templates call ---------------------------------------------------------------------------------------------
+# ---- the sandbox -----------------------------------------------------------------------------------------------------
+
+_rendering = threading.local()
+"""``end``: when the rendering in this thread has to be done."""
+
+
+def _look_at_the_clock() -> None:
+    if time.monotonic() > _rendering.end:
+        raise TemplateError(f"takes longer than {MAX_SECONDS:g} seconds")
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_OUTPUT:
+        raise TemplateError(f"makes a text of more than {MAX_OUTPUT} characters")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja2's sandbox, with a look at the clock wherever a template reaches for something."""
+
+    intercepted_binops = frozenset(["*", "**", "+"])
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        _look_at_the_clock()
+        return super().getitem(obj, argument)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        _look_at_the_clock()
+        return super().getattr(obj, attribute)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        _look_at_the_clock()
+        return super().call(*args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Operators that make much of little: ``'x' * 10**12``, ``9**9**9``."""
+        _look_at_the_clock()
+        sizes = [len(value) if isinstance(value, (str, list, tuple)) else None for value in (left, right)]
+        if operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 10_000:
+            raise TemplateError("makes a number of thousands of digits")
+        if operator == "+" and None not in sizes:
+            _check_size(sum(sizes))
+        if operator == "*":
+            for size, count in ((sizes[0], right), (sizes[1], left)):
+                if size is not None and isinstance(count, int):
+                    _check_size(size * count)
+        return super().call_binop(context, operator, left, right)
 
 
 def _raise_exception(message: str) -> NoReturn:

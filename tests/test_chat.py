@@ -34,6 +34,10 @@ def test_chatml_is_the_default():
     assert ChatTemplate().render(HELLO[1:], add_generation_prompt=False) == "<|im_start|>user\nHi<|im_end|>\n"
 
 
+def test_chatml_ends_answers_by_its_text():
+    assert ChatTemplate().stop == ("<|im_end|>",) and ChatTemplate("x").stop == ()
+
+
 def test_contents_in_parts_are_joined():
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
@@ -109,11 +113,26 @@ def test_what_is_no_message(messages, complaint):
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% for i in range(10000000) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'x' * 10000000000 }}", "a text of more than"),
+        ("{{ 1000000 * [1, 2, 3, 4] * 100 }}", "a text of more than"),
+        ("{{ 9 ** (9 ** 9) }}", "thousands of digits"),
+        (
+            "{% set n = namespace(s='xx') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+            "of more than",
+        ),
+        ("{% for i in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}", "of more than"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.2 seconds"),
     ],
 )
-def test_a_template_that_fails(source, complaint):
+def test_a_template_that_fails(source, complaint, monkeypatch):
+    monkeypatch.setattr("pyllama.chat.MAX_SECONDS", 0.2)
     with pytest.raises(ChatTemplateError, match=complaint):
         ChatTemplate(source).render(HELLO)
+
+
+def test_a_source_of_any_length():
+    with pytest.raises(ChatTemplateError, match="characters"):
+        ChatTemplate("x" * 2_000_000)
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ x", "{% include %}", "{% if x %}", "{{ " + "(" * 5000 + " }}"])

@@ -54,7 +54,8 @@ def add_routes(app: Bottle, service: Service) -> None:
         n_logprobs = None
         if fields.boolean("logprobs", False):
             n_logprobs = fields.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
-        return _answer(_Chat(service.model.tokenizer, n_logprobs), fields, service, [tuple(prompt)])
+        form = _Chat(service.model.tokenizer, n_logprobs, service.chat_template.stop)
+        return _answer(form, fields, service, [tuple(prompt)])
 
     @app.post("/v1/completions")
     def completions() -> Iterator[bytes] | bytes:
@@ -119,6 +120,7 @@ def _read_requests(form: _Form, fields: Fields, service: Service, prompts: list[
         # The sampler reports the chosen token's probability only when it reports any.
         sampling["n_probs"] = max(form.n_logprobs, 1)
     request = read_request(fields, service, prompts[0], **sampling)
+    request = replace(request, stop=(*request.stop, *form.stop))
     for name in ("max_tokens", "max_completion_tokens"):
         request = replace(request, n_predict=fields.integer(name, request.n_predict, low=-1))
     n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
@@ -229,8 +231,8 @@ class _Chat:
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None) -> None:
-        self.tokenizer, self.n_logprobs = tokenizer, n_logprobs
+    def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None, stop: tuple[str, ...]) -> None:
+        self.tokenizer, self.n_logprobs, self.stop = tokenizer, n_logprobs, stop
 
     def whole(self, prompt: tuple[int, ...], text: str, samples: list[Sample]) -> dict[str, Any]:
         return {"message": {"content": text, "role": "assistant"}, **self._logprobs(samples)}
@@ -265,6 +267,7 @@ class _Text:
 
     def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None, echo: bool) -> None:
         self.tokenizer, self.n_logprobs, self.echo = tokenizer, n_logprobs, echo
+        self.stop: tuple[str, ...] = ()
 
     def whole(self, prompt: tuple[int, ...], text: str, samples: list[Sample]) -> dict[str, Any]:
         return {
