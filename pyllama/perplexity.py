@@ -38,7 +38,7 @@ def perplexity(model: Model, text: str, n_ctx: int = 512) -> Iterator[Estimate]:
     if not 4 <= n_ctx <= model.n_ctx:
         raise ValueError(f"windows of {n_ctx} tokens; 4 to {model.n_ctx} are possible")
     tokenizer = model.tokenizer
-    tokens = tokenizer.encode(text, add_special=True)
+    tokens = tokenizer.encode(text, add_special=True, parse_special=False)
     if len(tokens) < n_ctx:
         raise ValueError(f"the text has {len(tokens)} tokens, a window {n_ctx}")
     losses: list[np.ndarray] = []

@@ -88,11 +88,12 @@ def test_one_line_for_each_request(model):
 
 
 def test_the_log_in_json(model):
-    with serving(model, "--log-format", "json", "-ngl", "9") as server:
+    with serving(model, "--log-format", "json", "-ngl", "9", "--verbose") as server:
         server.post("/completion", prompt="abc", n_predict=3, ignore_eos=True)
         request = json.loads(server.wait_for_log("/completion").string)
     assert (request["method"], request["status"], request["generated"]) == ("POST", 200, 3)
     lines = [json.loads(line) for line in server.log]
+    assert any(line["level"] == "debug" and "kernels" in line["message"] for line in lines)
     assert any(line["level"] == "warning" and "--n-gpu-layers has no effect" in line["message"] for line in lines)
 
 

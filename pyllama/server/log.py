@@ -6,11 +6,12 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pyllama.server.http import RequestRecord
 
-__all__ = ["log", "log_request", "set_up"]
+__all__ = ["log", "log_request", "progress_line", "set_up"]
 
 log = logging.getLogger("pyllama.server")
 
@@ -19,14 +20,12 @@ def set_up(*, as_json: bool = False, verbose: bool = False) -> None:
     """Sends the server's lines to the standard error stream."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if as_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    # Waitress tells of exceptions that got past the application, and little else at this level.
-    waitress = logging.getLogger("waitress")
-    waitress.handlers[:] = [handler]
-    waitress.propagate = False
-    waitress.setLevel(logging.INFO if verbose else logging.WARNING)
+    # Waitress tells of exceptions that got past the application, and at this level of little else.
+    for name, level in (("pyllama", logging.INFO), ("waitress", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.DEBUG if verbose else level)
 
 
 class _JsonLines(logging.Formatter):
@@ -52,8 +51,8 @@ def log_request(record: RequestRecord) -> None:
     log.info("%s", f"{text} ({notes})" if notes else text, extra={"request": record})
 
 
-def progress_line(what: str) -> Any:
-    """A callback that shows a fraction on a terminal; on anything else it does nothing."""
+def progress_line(what: str) -> Callable[[float], None] | None:
+    """A callback that shows a fraction done; None where the standard error stream is no terminal."""
     if not sys.stderr.isatty():
         return None
     last = 0.0

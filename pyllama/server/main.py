@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyllama import __version__, models, pull
-from pyllama.core import CoreError
+from pyllama.core import CoreError, cpu_name
 from pyllama.engine import Engine
 from pyllama.server import flags
 from pyllama.server.app import create_app
@@ -105,6 +105,14 @@ class Program:
             self._fail("the model cannot be loaded")
             raise
         else:
+            log.debug(
+                "%.1f M parameters in %.1f MB; %s kernels; %d threads, %d for prompts",
+                model.n_params / 1e6,
+                model.n_bytes / 1e6,
+                cpu_name(),
+                model.n_threads,
+                model.n_threads_batch,
+            )
             log.info(
                 "%s is ready: %s, %d tokens of context, %d slots",
                 model.name,
