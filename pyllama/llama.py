@@ -344,6 +344,7 @@ class Llama:
             repeat_penalty=repeat_penalty, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
             mirostat=mirostat_mode, mirostat_tau=mirostat_tau, mirostat_eta=mirostat_eta,
         )  # fmt: skip
+        stop = (*([stop] if isinstance(stop, str) else stop or ()), *self._chat_template().stop)
         answer = self._submit(self.chat_tokens(messages), params, max_tokens, stop)
         n_top = top_logprobs or 0
         if stream:
@@ -381,9 +382,12 @@ class Llama:
         Raises:
             ChatTemplateError: the template refuses the messages, or is broken.
         """
+        return tuple(self._chat_template().encode(self.model.tokenizer, messages))
+
+    def _chat_template(self) -> ChatTemplate:
         if self._template is None:
             self._template = ChatTemplate.of(self.model.tokenizer)
-        return tuple(self._template.encode(self.model.tokenizer, messages))
+        return self._template
 
     # -- tokens one by one --------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyllama import Llama
-from pyllama.chat import ChatTemplateError
+from pyllama.chat import CHATML, ChatTemplateError
 from pyllama.engine import EngineClosed
 from pyllama.grammar import GrammarError
 from tests.tiny_models import make_gemma3, make_llama
@@ -197,6 +197,15 @@ def test_logprobs_of_chats(llm: Llama) -> None:
         assert entry["logprob"] == pytest.approx(entry["top_logprobs"][0]["logprob"])
         assert bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"]
         assert len(entry["top_logprobs"]) == 2
+
+
+def test_chatml_ends_answers_of_models_that_have_no_token_for_it(tmp_path) -> None:
+    path = tmp_path / "tiny.gguf"
+    make_gemma3(path)
+    with Llama(path, n_threads=1, chat_template=CHATML) as llm:
+        grammar = 'root ::= "so it is" "<|im_end|>" [a-z]{9}'
+        (choice,) = llm.create_chat_completion(TALK, max_tokens=60, grammar=grammar)["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("so it is", "stop")
 
 
 def test_messages_that_are_none(llm: Llama) -> None:
