@@ -61,9 +61,10 @@ build-asan/.built: $(VENV)/.installed $(SOURCES)
 # Leaks are not looked for: Python itself keeps memory until its end.
 UNDER_SANITIZERS = PYLLAMA_CORE=$(CURDIR)/build-asan/libpyllama_core.so LD_PRELOAD=$$($(SANITIZE_CC) -print-file-name=libasan.so) \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
-CORE_TESTS = $(wildcard $(patsubst %,tests/test_%.py,formats products models graph gguf tokenizer grammar sampling fuzz))
+CORE_TESTS = $(patsubst %,tests/test_%.py,formats products models graph gguf tokenizer grammar sampling measure golden engine llama fuzz)
 
 sanitize: setup build-asan/.built
+	$(BIN)/cmake --build build-asan --target compare_kernels && build-asan/compare_kernels
 	$(WITH_TOOLS) $(UNDER_SANITIZERS) $(BIN)/python -m pytest -p no:cacheprovider $(CORE_TESTS) $(ARGS)
 
 fuzz: setup build-asan/.built
