@@ -34,6 +34,30 @@ function speed({ timings, tokens_evaluated, stopped_limit, truncated }) {
   return parts.join(' · ')
 }
 
+// Adds text to an element once a frame, however fast it comes: laying the page out for every token would hold it up.
+function writer(element, onPaint) {
+  let waiting = ''
+  let frame = 0
+  const paint = () => {
+    frame = 0
+    const atEnd = window.innerHeight + window.scrollY >= document.body.scrollHeight - 40
+    element.append(waiting)
+    waiting = ''
+    onPaint()
+    if (atEnd) window.scrollTo(0, document.body.scrollHeight)
+  }
+  return {
+    write(text) {
+      waiting += text
+      frame ||= requestAnimationFrame(paint)
+    },
+    end() {
+      cancelAnimationFrame(frame)
+      paint()
+    },
+  }
+}
+
 async function send() {
   if (controller) return
   const prompt = $('prompt').value
@@ -46,18 +70,21 @@ async function send() {
   show('reading the prompt …')
   const began = performance.now()
   let n = 0
+  const output = writer(text, () => show(`${n} tokens in ${((performance.now() - began) / 1000).toFixed(1)} s`))
+  let message = ''
+  let bad = false
   try {
     for await (const { data } of llama(prompt, params, { controller })) {
-      const atEnd = window.innerHeight + window.scrollY >= document.body.scrollHeight - 40
-      text.append(data.content)
-      if (atEnd) window.scrollTo(0, document.body.scrollHeight)
       n += 1
-      show(data.stop ? speed(data) : `${n} tokens in ${((performance.now() - began) / 1000).toFixed(1)} s`)
+      output.write(data.content)
+      if (data.stop) message = speed(data)
     }
   } catch (error) {
-    if (signal.aborted) show(`stopped after ${n} tokens`)
-    else show(error.message, true)
+    bad = !signal.aborted
+    message = bad ? error.message : `stopped after ${n} tokens`
   } finally {
+    output.end()
+    show(message, bad)
     controller = null
     setBusy(false)
   }

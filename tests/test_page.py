@@ -67,7 +67,7 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-def is_idle(server: ServerProcess, seconds: float = 10) -> bool:
+def is_idle(server: ServerProcess, seconds: float = 60) -> bool:
     """Whether all slots get free."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -368,10 +368,13 @@ def test_who_stops_listening_ends_the_generation(node, server):
     node(
         """
 for await (const chunk of c.llama('hello', { n_predict: -1, ignore_eos: true }, config)) break
-const state = await (await fetch(config.api_url + '/health')).json()
-await new Promise((resolve) => setTimeout(resolve, 500))
-const later = await (await fetch(config.api_url + '/health')).json()
-if (later.slots_processing) throw new Error('still running')
+const end = Date.now() + 30000
+for (;;) {
+  const later = await (await fetch(config.api_url + '/health')).json()
+  if (!later.slots_processing) break
+  if (Date.now() > end) throw new Error('still running')
+  await new Promise((resolve) => setTimeout(resolve, 50))
+}
 """
     )
     assert is_idle(server)
