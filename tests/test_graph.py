@@ -113,7 +113,14 @@ def test_the_core_refuses_a_program_that_does_not_fit() -> None:
         )
 
     assert program(N_EMBD, 0)
-    for width, slot, kind in ((N_EMBD + 1, 0, lib.PL_OP_EMBED), (N_EMBD, 1, lib.PL_OP_EMBED), (N_EMBD, 0, 99),
-                              (N_EMBD, 0, lib.PL_OP_ATTENTION), (N_EMBD, 0, lib.PL_OP_LINEAR), (-1, 0, lib.PL_OP_EMBED)):  # fmt: skip
+    wrong = [
+        (N_EMBD + 1, 0, lib.PL_OP_EMBED),
+        (N_EMBD, 1, lib.PL_OP_EMBED),
+        (N_EMBD, 0, 99),
+        (N_EMBD, 0, lib.PL_OP_ATTENTION),
+        (N_EMBD, 0, lib.PL_OP_LINEAR),
+        (-1, 0, lib.PL_OP_EMBED),
+    ]
+    for width, slot, kind in wrong:
         with pytest.raises(CoreError, match="op 0|value 0"):
             program(width, slot, kind)
