@@ -668,4 +668,5 @@ def test_any_vocabulary_works_or_is_refused(make: Callable, data: st.DataObject)
         assert all(0 <= token < n for token in ids)
         decoder = tokenizer.stream_decoder()
         streamed = "".join(map(decoder.push, ids)) + decoder.flush()
-        assert streamed.removeprefix(" ") == tokenizer.decode(ids).removeprefix(" ")
+        whole = tokenizer.decode(ids)
+        assert streamed in (whole, " " + whole)  # decoding a whole text takes away the space that encoding put first
