@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +76,22 @@ class Workload:
     def n_tokens(self) -> int:
         """Tokens that are evaluated while the clock runs."""
         return self.n_prompt or self.n_generate * self.n_sequences
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """A workload in short: ``p512`` reads a prompt of 512 tokens, ``n64`` generates 64, ``n64@7000`` after 7,000 earlier
+        ones, ``n64x8`` in each of 8 sequences.
+
+        Raises:
+            ValueError: the text is not of this form.
+        """
+        match = re.fullmatch(r"([pn])([1-9]\d*)(?:@(\d+))?(?:x([1-9]\d*))?", text)
+        if not match or (match[1] == "p" and match[4]):
+            raise ValueError(f"{text!r} is no workload; p512, n64, n64@7000 and n64x8 are some")
+        n, depth, n_sequences = int(match[2]), int(match[3] or 0), int(match[4] or 1)
+        if match[1] == "p":
+            return cls(n_prompt=n, depth=depth)
+        return cls(n_generate=n, depth=depth, n_sequences=n_sequences)
 
     def __str__(self) -> str:
         text = f"prompt {self.n_prompt}" if self.n_prompt else f"generate {self.n_generate}"

@@ -101,14 +101,46 @@ def test_a_missing_file(tmp_path, capsys):
     assert "none.gguf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "work"),
+    [
+        ("p512", Workload(n_prompt=512)),
+        ("p9@33", Workload(n_prompt=9, depth=33)),
+        ("n64", Workload(n_generate=64)),
+        ("n2@7000x8", Workload(n_generate=2, depth=7000, n_sequences=8)),
+    ],
+)
+def test_workloads_in_short(text, work):
+    assert Workload.parse(text) == work
+
+
+@pytest.mark.parametrize("text", ["", "512", "p", "p0", "n0", "n-1", "p9x2", "n9x0", "n9@", "n9 ", "q9"])
+def test_what_is_no_workload(text):
+    with pytest.raises(ValueError, match="is no workload"):
+        Workload.parse(text)
+
+
+COMPARE = Path(__file__).resolve().parent.parent / "benchmarks" / "compare.py"
+
+
 def test_compare(llama):
     """The comparison with peers, without peers."""
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "compare.py"
-    options = f"-m {llama} -t 1 -p 9 -n 2 -d 33 --engines pyllama --turns 2 --repetitions 1 --json".split()
-    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
+    options = f"-m {llama} -t 1 --work p9@33 n2x3 --engines pyllama --turns 2 --repetitions 1 --json".split()
+    done = subprocess.run([sys.executable, str(COMPARE), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    prompt, generation = json.loads(done.stdout)
-    assert prompt["work"] == {"n_prompt": 9, "depth": 33}
-    assert generation["work"] == {"n_generate": 2, "depth": 33}
+    (comparison,) = json.loads(done.stdout)
+    prompt, generation = comparison["rows"]
+    assert prompt["work"] == "prompt 9 at depth 33"
+    assert generation["work"] == "3 sequences, generate 2"
     assert prompt["ratio"] == 1
     assert generation["fraction"] > 0
+
+
+def test_table_of_a_comparison():
+    module = runpy.run_path(str(COMPARE))
+    row = {"work": "prompt 9", "tokens_per_second": 50.0, "min": 40.0, "max": 60.0, "limit": 200.0, "bound": "int8"}
+    ours, theirs = {**row, "engine": "pyllama", "ratio": 1.0}, {**row, "engine": "other", "ratio": 2.0}
+    machine = {"cpu": "some", "n_threads": 2, "read_gbps": 10.0, "int8_gops": 100.0}
+    rows = [{**ours, "fraction": 0.25}, {**theirs, "fraction": 0.125}]
+    text = module["table"]({"model": "m.gguf", "machine": machine, "rows": rows})
+    assert "2.00 x" in text.splitlines()[-1] and "12 %" in text.splitlines()[-1]
