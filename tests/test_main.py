@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -53,6 +54,18 @@ def test_answers_while_the_model_is_loading(model):
     assert answers[-1][1]["status"] == "ok"
     for status, answer in answers[:-1]:
         assert status == 503 and answer["error"]["code"] == 503 and "load" in answer["error"]["message"]
+
+
+def test_the_page_is_there_while_the_model_is_loading(model, tmp_path):
+    pipe = tmp_path / "slow.gguf"  # a model whose file is never read to its end
+    os.mkfifo(pipe)
+    server = ServerProcess("-m", pipe, wait=False)
+    try:
+        assert server.json("GET", "/health")[0] == 503
+        response = server.send("GET", "/")
+        assert response.status == 200 and response.read().startswith(b"<!doctype html>")
+    finally:
+        server.process.kill()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

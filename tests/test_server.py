@@ -307,6 +307,7 @@ def test_the_stream_of_a_chat_ends_with_done(smollm2):
     first, *_, last, done = smollm2.stream("/v1/chat/completions", messages=GREETING, max_tokens=2)
     assert first["choices"][0]["delta"] == {"role": "assistant"}
     assert last["choices"][0]["delta"] == {}
+    assert last["timings"]["predicted_n"] == 2 and last["timings"]["prompt_ms"] >= 0
     assert done == "[DONE]"
 
 

@@ -87,8 +87,6 @@ def create_app(service: Service, static: Path | None = None) -> Callable[..., It
             raise ApiError(405, f"{request.path} is for {' and '.join(known)}", Allow=", ".join(known))
         if request.method not in ("GET", "HEAD"):
             raise ApiError(404, f"there is nothing at {request.path}")
-        if not service.is_ready:
-            raise ApiError(503, LOADING)
         return _file(folders, path)
 
     return _with_cors(app)

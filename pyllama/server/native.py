@@ -16,7 +16,7 @@ from pyllama.server.service import Service, events
 from pyllama.server.sse import send_events
 from pyllama.tokenizer import Tokenizer
 
-__all__ = ["add_routes", "embed", "note_usage", "printable"]
+__all__ = ["add_routes", "embed", "note_usage", "printable", "timings"]
 
 
 def add_routes(app: Bottle, service: Service) -> None:
@@ -107,7 +107,7 @@ def _result(done: Done, settings: dict[str, Any], prompt: object) -> dict[str, A
         "stopped_limit": done.reason == "limit",
         "stopped_word": done.reason == "word",
         "stopping_word": done.stopping_word,
-        "timings": _timings(done),
+        "timings": timings(done),
         "tokens_cached": done.n_past,
         "tokens_evaluated": done.n_prompt,
         "tokens_predicted": done.n_predicted,
@@ -115,17 +115,18 @@ def _result(done: Done, settings: dict[str, Any], prompt: object) -> dict[str, A
     }
 
 
-def _timings(done: Done) -> dict[str, float]:
-    timings: dict[str, float] = {}
+def timings(done: Done) -> dict[str, float]:
+    """How long a prompt and its answer took: milliseconds, tokens, tokens a second, milliseconds a token."""
+    numbers: dict[str, float] = {}
     for kind, n, ms in (
         ("predicted", done.timings.predicted_n, done.timings.predicted_ms),
         ("prompt", done.timings.prompt_n, done.timings.prompt_ms),
     ):
-        timings[f"{kind}_ms"] = ms
-        timings[f"{kind}_n"] = n
-        timings[f"{kind}_per_second"] = 1e3 * n / ms if ms else 0.0
-        timings[f"{kind}_per_token_ms"] = ms / n if n else 0.0
-    return timings
+        numbers[f"{kind}_ms"] = ms
+        numbers[f"{kind}_n"] = n
+        numbers[f"{kind}_per_second"] = 1e3 * n / ms if ms else 0.0
+        numbers[f"{kind}_per_token_ms"] = ms / n if n else 0.0
+    return numbers
 
 
 def _probabilities(event: Token, tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from pyllama.engine import Done, Request, Token
 from pyllama.sampling import RANDOM_SEED, Sample
 from pyllama.server.errors import ApiError, dump
 from pyllama.server.fields import Fields, describe
-from pyllama.server.native import embed, note_usage, printable
+from pyllama.server.native import embed, note_usage, printable, timings
 from pyllama.server.options import join_prompt, read_request
 from pyllama.server.request import client_is_gone, json_fields, notes
 from pyllama.server.service import Service, events
@@ -179,7 +179,7 @@ class _Answer:
                     if isinstance(event, Done):
                         self._note(event, usage)
                         choice = {"finish_reason": _finish_reason(event), "index": index, **form.closing()}
-                        yield {"choices": [choice], **head}
+                        yield {"choices": [choice], **head, "timings": timings(event)}
                     elif event.text or form.n_logprobs is not None:
                         choice = {"finish_reason": None, "index": index, **form.delta(event)}
                         yield {"choices": [choice], **head}
