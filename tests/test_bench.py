@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from pyllama import bench, models
 from pyllama.bench import Costs, Machine, Workload
+from pyllama.gguf import GGUFFile
 from tests import tiny_models
 
 MACHINE = Machine("some", 2, read_gbps=1.0, int8_gops=1.0)
@@ -144,3 +147,26 @@ def test_table_of_a_comparison():
     rows = [{**ours, "fraction": 0.25}, {**theirs, "fraction": 0.125}]
     text = module["table"]({"model": "m.gguf", "machine": machine, "rows": rows})
     assert "2.00 x" in text.splitlines()[-1] and "12 %" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mixture", ["Q4_0", "Q4_1", "Q8_0", "Q4_K_M"])
+def test_make_model(mixture, tmp_path):
+    """A model of random blocks: its types, the size of its weights, and that it runs and knows its own vocabulary."""
+    script, path = Path(__file__).resolve().parent.parent / "benchmarks" / "make_model.py", tmp_path / "random.gguf"
+    shape = "--n-embd 256 --n-layer 8 --n-head 4 --n-head-kv 2 --n-ff 512 --n-vocab 400 --n-ctx 64"
+    subprocess.run([sys.executable, script, "-o", path, "--type", mixture, *shape.split()], check=True)
+    expected = {f"blk.{i}.ffn_down.weight": "Q6_K" if i in (0, 3, 6, 7) else "Q4_K" for i in range(8)}
+    with GGUFFile.open(path) as file:
+        for name, info in file.tensors.items():
+            if len(info.shape) == 2:
+                kind = gguf.GGMLQuantizationType[info.type_name]
+                values = gguf.dequantize(np.frombuffer(file.data(name), np.uint8), kind)
+                assert abs(values.mean()) < 0.2 * info.shape[0] ** -0.5
+                assert values.std() == pytest.approx(info.shape[0] ** -0.5, rel=0.1)
+                assert mixture != "Q4_K_M" or expected.get(name, info.type_name) == info.type_name
+    model = models.load(path, n_ctx=64)
+    logits = model.run([models.SequenceInput([1, 300, 399], 0, [0], 1)])
+    assert np.isfinite(logits).all()
+    text = "ab Cd"
+    assert model.tokenizer.decode(model.tokenizer.encode(text)).strip() == text
+    model.close()
