@@ -185,20 +185,20 @@ ENGINES: dict[str, tuple[str, Callable[[str, int, int, int], Engine]]] = {
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
 
-def turn(args: argparse.Namespace) -> dict[str, Any]:
-    """One turn of one engine on one model, in this process: the rates of each workload and, from pyllama, what its steps cost at
-    least and what the machine can do."""
+def turn(args: argparse.Namespace) -> None:
+    """One turn of one engine on one model, in this process. Prints a line of JSON for each workload, with its rates, and one
+    with what pyllama's steps cost at least and what the machine can do: a peer that crashes loses only what comes after."""
     import numpy as np
 
     positions = max(work.depth + max(work.n_prompt, work.n_generate) for work in args.work)
     n_sequences = max(work.n_sequences for work in args.work)
     engine = ENGINES[args.turn][1](str(args.model[0]), positions, n_sequences, args.threads)
     tokens = np.random.default_rng(0).integers(0, engine.n_vocab, positions).tolist()
-    if not isinstance(engine, Pyllama):
-        return {"rates": [_rates(engine, work, tokens, args.repetitions) for work in args.work]}
-    before = engine.measure()
-    rates = [_rates(engine, work, tokens, args.repetitions) for work in args.work]
-    return {"rates": rates, "machines": [before, engine.measure()], "costs": engine.costs()}
+    machines = [engine.measure()] if isinstance(engine, Pyllama) else []
+    for work in args.work:
+        print(json.dumps({"rates": _rates(engine, work, tokens, args.repetitions)}), flush=True)
+    if isinstance(engine, Pyllama):
+        print(json.dumps({"machines": [*machines, engine.measure()], "costs": engine.costs()}))
 
 
 def _rates(engine: Engine, work: Workload, tokens: list[int], repetitions: int) -> list[float]:
@@ -217,13 +217,15 @@ def _rates(engine: Engine, work: Workload, tokens: list[int], repetitions: int) 
     return rates[1:]
 
 
-def turn_in_a_process(args: argparse.Namespace, model: Path, engine: str) -> dict[str, Any]:
+def turn_in_a_process(args: argparse.Namespace, model: Path, engine: str) -> list[dict[str, Any]]:
+    """The lines that the turn printed."""
     command = [sys.executable, __file__, "--turn", engine, "-m", model, "-t", args.threads]
     command += ["--repetitions", args.repetitions, "--work", *args.texts]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode:
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode and (engine == "pyllama" or not lines):
         raise RuntimeError(f"{engine} failed: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return lines
 
 
 def compare(args: argparse.Namespace, model: Path) -> dict[str, Any]:
@@ -231,18 +233,21 @@ def compare(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     engines = args.engines or [
         n for n, (module, _) in ENGINES.items() if n == "pyllama" or importlib.util.find_spec(module)
     ]
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+    turns: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in engines}
     for _ in range(args.turns):
         for name in engines:
             turns[name].append(turn_in_a_process(args, model, name))
-    ours = turns.get("pyllama", [])
-    machine = _best_machine([m for t in ours for m in t["machines"]])
+    ours = [t[-1] for t in turns.get("pyllama", [])]
+    machine = _best_machine([m for facts in ours for m in facts["machines"]])
     costs = Costs(**ours[0]["costs"]) if ours else None
     rows = []
     for i, work in enumerate(args.work):
-        rates = {name: [rate for t in turns[name] for rate in t["rates"][i]] for name in engines}
+        rates = {name: [rate for t in turns[name] if i < len(t) for rate in t[i]["rates"]] for name in engines}
         limit, bound = costs.limit(machine, work, _BATCH) if costs and machine else (None, None)
         for name in engines:
+            if not rates[name]:
+                print(f"{name} crashed before the end of: {work}", file=sys.stderr)
+                continue
             rate = median(rates[name])
             rows.append(
                 {
@@ -344,7 +349,7 @@ def main() -> int:
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if args.turn:
-        print(json.dumps(turn(args)))
+        turn(args)
         return 0
     try:
         comparisons = [compare(args, model) for model in args.model]
