@@ -19,7 +19,10 @@ from pyllama.kv_cache import BlockTable, KVCache
 __all__ = ["Chunk", "ContextFull", "Scheduler", "Sequence", "truncated"]
 
 _LEAST_CHUNK = 16
-_STEPS_BESIDE = 3.0  # a step with a chunk of a prompt may take as long as about this many that only generate
+# A step with a chunk of a prompt may take as long as about so many that only generate, or so many seconds: streams then still
+# come faster than anyone reads, and small chunks are slow, most of all of models whose steps are quick.
+_STEPS_BESIDE = 3.0
+_SECONDS_BESIDE = 0.04
 
 
 class ContextFull(RuntimeError):
@@ -262,7 +265,7 @@ class Scheduler:
             # A running mean, which one interrupted step does not throw off.
             mean = self._step_seconds or seconds
             self._step_seconds = 0.8 * mean + 0.2 * min(seconds, 4 * mean)
-        elif n_streams and self._step_seconds:
+        elif n_streams:
             self._adapt(n_prompt, seconds)
 
     def _adapt(self, n_prompt: int, seconds: float) -> None:
@@ -271,6 +274,6 @@ class Scheduler:
         A chunk r times as large takes at most r times as long, since a part of each step is the same for every size. So this
         comes near to the wanted time from below.
         """
-        ratio = _STEPS_BESIDE * self._step_seconds / seconds
+        ratio = max(_STEPS_BESIDE * self._step_seconds, _SECONDS_BESIDE) / seconds
         if n_prompt == self._chunk_beside or ratio < 1:
             self._chunk_beside = max(_LEAST_CHUNK, min(int(n_prompt * min(ratio, 2.0)), self.model.n_batch))
