@@ -2,20 +2,20 @@
 #include "formats.h"
 
 static const pl_format formats[] = {
-    /* type     elements bytes low two one sub off scales */
-    {PL_F32, 1, 4, 0, -1, -1, 0, 0, PL_SCALES_NONE},
-    {PL_F16, 1, 2, 0, -1, -1, 0, 0, PL_SCALES_NONE},
-    {PL_BF16, 1, 2, 0, -1, -1, 0, 0, PL_SCALES_NONE},
-    {PL_Q4_0, 32, 18, 4, -1, -1, 32, 8, PL_SCALES_D},
-    {PL_Q4_1, 32, 20, 4, -1, -1, 32, 0, PL_SCALES_DM},
-    {PL_Q5_0, 32, 22, 4, -1, 4, 32, 16, PL_SCALES_D},
-    {PL_Q5_1, 32, 24, 4, -1, 4, 32, 0, PL_SCALES_DM},
-    {PL_Q8_0, 32, 34, 8, -1, -1, 32, 128, PL_SCALES_D},
-    {PL_Q2_K, 256, 84, 0, 0, -1, 16, 0, PL_SCALES_K16M},
-    {PL_Q3_K, 256, 110, 0, 0, 2, 16, 4, PL_SCALES_K16},
-    {PL_Q4_K, 256, 144, 4, -1, -1, 32, 0, PL_SCALES_K32},
-    {PL_Q5_K, 256, 176, 4, -1, 4, 32, 0, PL_SCALES_K32},
-    {PL_Q6_K, 256, 210, 4, 4, -1, 16, 32, PL_SCALES_K16},
+    /* type     elements bytes low two one sub off scales d m */
+    {PL_F32, 1, 4, 0, -1, -1, 0, 0, PL_SCALES_NONE, -1, -1},
+    {PL_F16, 1, 2, 0, -1, -1, 0, 0, PL_SCALES_NONE, -1, -1},
+    {PL_BF16, 1, 2, 0, -1, -1, 0, 0, PL_SCALES_NONE, -1, -1},
+    {PL_Q4_0, 32, 18, 4, -1, -1, 32, 8, PL_SCALES_D, 0, -1},
+    {PL_Q4_1, 32, 20, 4, -1, -1, 32, 0, PL_SCALES_DM, 0, 2},
+    {PL_Q5_0, 32, 22, 4, -1, 4, 32, 16, PL_SCALES_D, 0, -1},
+    {PL_Q5_1, 32, 24, 4, -1, 4, 32, 0, PL_SCALES_DM, 0, 2},
+    {PL_Q8_0, 32, 34, 8, -1, -1, 32, 128, PL_SCALES_D, 0, -1},
+    {PL_Q2_K, 256, 84, 0, 0, -1, 16, 0, PL_SCALES_K16M, 80, 82},
+    {PL_Q3_K, 256, 110, 0, 0, 2, 16, 4, PL_SCALES_K16, 108, -1},
+    {PL_Q4_K, 256, 144, 4, -1, -1, 32, 0, PL_SCALES_K32, 0, 2},
+    {PL_Q5_K, 256, 176, 4, -1, 4, 32, 0, PL_SCALES_K32, 0, 2},
+    {PL_Q6_K, 256, 210, 4, 4, -1, 16, 32, PL_SCALES_K16, 208, -1},
 };
 
 const pl_format *pl_format_of(int32_t type) {
@@ -130,12 +130,8 @@ void pl_format_factors(const pl_format *f, const uint8_t *block, int32_t j, int3
 }
 
 void pl_format_halves(const pl_format *f, const uint8_t *block, uint16_t *d, uint16_t *m) {
-    static const struct { int16_t d, m; } at[PL_Q6_K + 1] = {
-        [PL_Q4_0] = {0, -1}, [PL_Q4_1] = {0, 2},   [PL_Q5_0] = {0, -1}, [PL_Q5_1] = {0, 2}, [PL_Q8_0] = {0, -1},
-        [PL_Q2_K] = {80, 82}, [PL_Q3_K] = {108, -1}, [PL_Q4_K] = {0, 2},  [PL_Q5_K] = {0, 2}, [PL_Q6_K] = {208, -1},
-    };
-    *d = pl_load_u16(block + at[f->type].d);
-    *m = at[f->type].m < 0 ? 0 : pl_load_u16(block + at[f->type].m);
+    *d = f->d_at < 0 ? 0 : pl_load_u16(block + f->d_at);
+    *m = f->m_at < 0 ? 0 : pl_load_u16(block + f->m_at);
 }
 
 void pl_format_affine(const pl_format *f, const uint8_t *block, int32_t group, float d[2], float m[2]) {

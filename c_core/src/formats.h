@@ -32,6 +32,7 @@ typedef struct pl_format {
     int32_t sub;       /* columns per d and m */
     int32_t offset;    /* symmetric formats: value = d * (u - offset); 0 in the others */
     pl_scales scales;
+    int16_t d_at, m_at; /* where in a block the halves D (d) and dmin (m) are; -1: there is none */
 } pl_format;
 
 /* The format of a type, or NULL. */

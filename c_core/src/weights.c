@@ -164,7 +164,8 @@ typedef struct relay_job {
     atomic_int next;
 } relay_job;
 
-static void relay_panel(pl_weight *w, const uint8_t *data, int64_t panel) {
+/* Row by row: for the last panel, which may have fewer rows, and for tests of the faster way. */
+void pl_relay_rows(pl_weight *w, const uint8_t *data, int64_t panel) {
     const pl_format *f = w->format;
     const int64_t row_bytes = w->n_cols / f->block_elements * f->block_bytes;
     uint8_t *out = w->panels + panel * w->panel_bytes;
@@ -193,6 +194,243 @@ static void relay_panel(pl_weight *w, const uint8_t *data, int64_t panel) {
     }
 }
 
+/*
+ * All rows of a panel at once. Four neighbouring bytes of each row make 16 lanes of 32 bits, in which codes are taken
+ * apart and put together; compilers make vectors of loops over them.
+ */
+typedef uint32_t lanes[PL_PANEL_ROWS];
+
+#define EACH_LANE for (int lane = 0; lane < PL_PANEL_ROWS; lane++)
+
+typedef struct rows {
+    const uint8_t *at[PL_PANEL_ROWS]; /* the same block of each row */
+} rows;
+
+static inline void load_lanes(const rows *source, int offset, lanes out) {
+    EACH_LANE { memcpy(&out[lane], source->at[lane] + offset, 4); }
+}
+
+/* Shifted and masked bits of 32 bytes. */
+static inline void load_bits(const rows *source, int offset, int shift, uint32_t mask, lanes codes[8]) {
+    for (int i = 0; i < 8; i++) {
+        load_lanes(source, offset + 4 * i, codes[i]);
+        EACH_LANE { codes[i][lane] = codes[i][lane] >> shift & mask; }
+    }
+}
+
+/* The nibbles of 16 bytes: the low ones come first. */
+static inline void load_nibbles(const rows *source, int offset, lanes codes[8]) {
+    for (int i = 0; i < 4; i++) {
+        load_lanes(source, offset + 4 * i, codes[i]);
+        EACH_LANE {
+            codes[i + 4][lane] = codes[i][lane] >> 4 & 0x0f0f0f0fu;
+            codes[i][lane] &= 0x0f0f0f0fu;
+        }
+    }
+}
+
+/* Adds `mask`ed bits of other bytes above those in `codes`: 32 bytes, of which each has the bits of several groups. */
+static inline void add_bits(const rows *source, int offset, int shift, uint32_t mask, int above, lanes codes[8]) {
+    for (int i = 0; i < 8; i++) {
+        lanes bits;
+        load_lanes(source, offset + 4 * i, bits);
+        EACH_LANE { codes[i][lane] |= (bits[lane] >> shift & mask) << above; }
+    }
+}
+
+/* Spreads four bits of each lane over its bytes, as bit 4. */
+static inline void add_fifth_bits(const rows *source, int offset, lanes codes[8]) {
+    lanes bits;
+    load_lanes(source, offset, bits);
+    for (int i = 0; i < 8; i++) { /* bit j of the nibble goes to 8j: 1 + 2^7 + 2^14 + 2^21 shifts it there */
+        EACH_LANE { codes[i][lane] |= ((bits[lane] >> 4 * i & 15) * 0x00204081u & 0x01010101u) << 4; }
+    }
+}
+
+/* The same codes as pl_format_codes: column 4i + j is byte j of codes[i]. */
+static inline void load_codes(int32_t type, const rows *source, int group, lanes codes[8]) {
+    const uint32_t nibbles = 0x0f0f0f0fu, twos = 0x03030303u, ones = 0x01010101u;
+    const int half = group / 4, quarter = group % 4;
+    switch (type) {
+    case PL_Q4_0:
+        load_nibbles(source, 2, codes);
+        break;
+    case PL_Q4_1:
+        load_nibbles(source, 4, codes);
+        break;
+    case PL_Q5_0:
+        load_nibbles(source, 6, codes);
+        add_fifth_bits(source, 2, codes);
+        break;
+    case PL_Q5_1:
+        load_nibbles(source, 8, codes);
+        add_fifth_bits(source, 4, codes);
+        break;
+    case PL_Q8_0:
+        load_bits(source, 2, 0, UINT32_MAX, codes);
+        for (int i = 0; i < 8; i++) {
+            EACH_LANE { codes[i][lane] ^= 0x80808080u; }
+        }
+        break;
+    case PL_Q2_K:
+        load_bits(source, 16 + 32 * half, 2 * quarter, twos, codes);
+        break;
+    case PL_Q3_K:
+        load_bits(source, 32 + 32 * half, 2 * quarter, twos, codes);
+        add_bits(source, 0, group, ones, 2, codes);
+        break;
+    case PL_Q4_K:
+        load_bits(source, 16 + 32 * (group / 2), 4 * (group % 2), nibbles, codes);
+        break;
+    case PL_Q5_K:
+        load_bits(source, 48 + 32 * (group / 2), 4 * (group % 2), nibbles, codes);
+        add_bits(source, 16, group, ones, 4, codes);
+        break;
+    default: /* PL_Q6_K */
+        load_bits(source, 64 * half + 32 * (quarter % 2), 4 * (quarter / 2), nibbles, codes);
+        add_bits(source, 128 + 32 * half, 2 * quarter, twos, 4, codes);
+        break;
+    }
+}
+
+static inline void store_lanes(uint8_t *out, const lanes values) { memcpy(out, values, sizeof(lanes)); }
+
+/* What put_codes does for one row. */
+static inline void store_codes(const pl_format *f, uint8_t *out, lanes codes[8]) {
+    const int low_shift = f->two_shift >= 0 ? f->two_shift : f->one_shift >= 0 ? f->one_shift : 8;
+    const uint32_t low_mask = (low_shift < 8 ? (1u << low_shift) - 1 : 255u) * 0x01010101u;
+    for (int i = 0; f->low_bits == 8 && i < 8; i++) {
+        store_lanes(out + i * (int)sizeof(lanes), codes[i]);
+    }
+    for (int i = 0; f->low_bits == 4 && i < 4; i++) {
+        lanes low;
+        EACH_LANE { low[lane] = (codes[i][lane] & low_mask) | (codes[i + 4][lane] & low_mask) << 4; }
+        store_lanes(out + i * (int)sizeof(lanes), low);
+    }
+    for (int h = 0; f->two_shift >= 0 && h < 2; h++) {
+        lanes two = {0};
+        for (int i = 0; i < 4; i++) {
+            EACH_LANE { two[lane] |= (codes[4 * h + i][lane] >> f->two_shift & 0x03030303u) << 2 * i; }
+        }
+        store_lanes(out + pl_two_at(f->low_bits) + h * (int)sizeof(lanes), two);
+    }
+    if (f->one_shift >= 0) {
+        lanes one = {0};
+        for (int i = 0; i < 8; i++) {
+            EACH_LANE { one[lane] |= (codes[i][lane] >> f->one_shift & 0x01010101u) << i; }
+        }
+        store_lanes(out + pl_one_at(f->low_bits, f->two_shift), one);
+    }
+}
+
+static inline void load_halves(const rows *source, int offset, uint8_t *out) {
+    EACH_LANE { memcpy(out + 2 * lane, source->at[lane] + offset, 2); }
+}
+
+/* The factors of a K format's blocks, four to a lane, as they are kept in a panel; what Q4_K and Q5_K have in `mins` the
+ * other formats have not. */
+static inline void load_factors(int32_t type, const rows *source, lanes factors[4], lanes mins[2]) {
+    lanes s[3];
+    switch (type) {
+    case PL_Q2_K:
+    case PL_Q6_K:
+        for (int i = 0; i < 4; i++) {
+            load_lanes(source, (type == PL_Q2_K ? 0 : 192) + 4 * i, factors[i]);
+        }
+        return;
+    case PL_Q3_K:
+        for (int i = 0; i < 3; i++) {
+            load_lanes(source, 96 + 4 * i, s[i]);
+        }
+        for (int i = 0; i < 4; i++) { /* six bits less 32, without a borrow between the bytes */
+            EACH_LANE {
+                const uint32_t low = s[i % 2][lane] >> 4 * (i / 2) & 0x0f0f0f0fu, high = s[2][lane] >> 2 * i & 0x03030303u;
+                factors[i][lane] = ((low | high << 4 | 0x80808080u) - 0x20202020u) ^ 0x80808080u;
+            }
+        }
+        return;
+    default: /* PL_Q4_K, PL_Q5_K */
+        for (int i = 0; i < 3; i++) {
+            load_lanes(source, 4 + 4 * i, s[i]);
+        }
+        EACH_LANE {
+            factors[0][lane] = s[0][lane] & 0x3f3f3f3fu;
+            factors[1][lane] = (s[2][lane] & 0x0f0f0f0fu) | (s[0][lane] >> 2 & 0x30303030u);
+            mins[0][lane] = s[1][lane] & 0x3f3f3f3fu;
+            mins[1][lane] = (s[2][lane] >> 4 & 0x0f0f0f0fu) | (s[1][lane] >> 2 & 0x30303030u);
+        }
+        return;
+    }
+}
+
+/* Byte `j` of numbers that are four to a lane. */
+static inline void store_bytes(uint8_t *out, lanes numbers[], int64_t j) {
+    EACH_LANE { out[lane] = (uint8_t)(numbers[j / 4][lane] >> 8 * (j % 4)); }
+}
+
+/* What put_scales does for one row. */
+static inline void store_scales(const pl_format *f, uint8_t *panel, int64_t group, const rows *source) {
+    const place first = place_of(f, group);
+    if (f->scales == PL_SCALES_D) {
+        load_halves(source, f->d_at, panel + first.line + group % 2 * 2 * PL_PANEL_ROWS);
+        return;
+    }
+    uint8_t *halves = panel + (f->scales == PL_SCALES_DM ? first.line : first.head);
+    load_halves(source, f->d_at, halves);
+    if (f->m_at >= 0) {
+        load_halves(source, f->m_at, halves + 2 * PL_PANEL_ROWS);
+    }
+    if (f->scales == PL_SCALES_DM) {
+        return;
+    }
+    lanes factors[4], mins[2];
+    load_factors(f->type, source, factors, mins);
+    for (int j = 0; j < 256 / f->sub; j++) {
+        const int64_t g = j / (PL_GROUP / f->sub), part = j % (PL_GROUP / f->sub);
+        uint8_t *out = panel + place_of(f, group + g).line + (g % 2 * 2 + part) * PL_PANEL_ROWS;
+        store_bytes(out, factors, j);
+        if (f->scales == PL_SCALES_K32) {
+            store_bytes(out + PL_PANEL_ROWS, mins, j);
+        }
+    }
+}
+
+static void relay_floats(uint8_t *out, const rows *source, int64_t n_cols, int size) {
+    for (int64_t c = 0; c < n_cols; c++, out += PL_PANEL_ROWS * size) {
+        if (size == 4) {
+            EACH_LANE { memcpy(out + 4 * lane, source->at[lane] + 4 * c, 4); }
+        } else {
+            EACH_LANE { memcpy(out + 2 * lane, source->at[lane] + 2 * c, 2); }
+        }
+    }
+}
+
+void pl_relay_panel(pl_weight *w, const uint8_t *data, int64_t panel) {
+    const pl_format *f = w->format;
+    const int64_t row_bytes = w->n_cols / f->block_elements * f->block_bytes, first = panel * PL_PANEL_ROWS;
+    uint8_t *out = w->panels + panel * w->panel_bytes;
+    if (first + PL_PANEL_ROWS > w->n_rows) {
+        pl_relay_rows(w, data, panel);
+        return;
+    }
+    rows source;
+    EACH_LANE { source.at[lane] = data + (first + lane) * row_bytes; }
+    if (pl_format_is_float(f)) {
+        relay_floats(out, &source, w->n_cols, f->block_bytes);
+        return;
+    }
+    const int groups_per_block = f->block_elements / PL_GROUP;
+    for (int64_t group = 0; group < w->n_cols / PL_GROUP; group += groups_per_block) {
+        for (int g = 0; g < groups_per_block; g++) {
+            lanes codes[8];
+            load_codes(f->type, &source, g, codes);
+            store_codes(f, out + place_of(f, group + g).codes, codes);
+        }
+        store_scales(f, out, group, &source);
+        EACH_LANE { source.at[lane] += f->block_bytes; }
+    }
+}
+
 static void relay(void *context, const pl_member *member) {
     (void)member;
     relay_job *job = context;
@@ -203,7 +441,7 @@ static void relay(void *context, const pl_member *member) {
             return;
         }
         for (int64_t panel = first; panel < PL_MIN(first + step, job->w->n_panels); panel++) {
-            relay_panel(job->w, job->data, panel);
+            pl_relay_panel(job->w, job->data, panel);
         }
     }
 }

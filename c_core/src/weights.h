@@ -50,6 +50,10 @@ static inline int32_t pl_code_bytes(int32_t low_bits, int32_t two_shift, int32_t
     return pl_one_at(low_bits, two_shift) + (one_shift >= 0 ? 64 : 0);
 }
 
+/* Re-lays the rows of one panel from the file's matrix; the second one does it row by row, and gives the same bytes. */
+void pl_relay_panel(pl_weight *w, const uint8_t *data, int64_t panel);
+void pl_relay_rows(pl_weight *w, const uint8_t *data, int64_t panel);
+
 /* One group of one row, read back from a panel: codes, and d, m as pl_format_affine gives them. */
 void pl_weight_group(const pl_weight *w, int64_t row, int64_t group, uint8_t codes[PL_GROUP], float d[2], float m[2]);
 

@@ -1,6 +1,7 @@
 /*
  * compare_kernels.c - every kernel set that this processor runs against the scalar one: products of all formats for all
- * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results.
+ * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results. Also
+ * the two ways to re-lay matrices.
  *
  * Linked with the core's sources. Prints one line for each set and for each difference; exits with the number of differences.
  */
@@ -139,6 +140,25 @@ static void compare_products(const pl_cpu_set *set, int32_t type) {
     free(data);
 }
 
+/* Panels that are re-laid as a whole against those that are re-laid row by row. */
+static void compare_panels(int32_t type) {
+    const int32_t unit = pl_type_block_elements(type), width = unit == 1 ? 67 : 3 * unit, n_rows = 3 * PL_PANEL_ROWS;
+    int64_t bytes;
+    uint8_t *data = random_matrix(type, n_rows, width, &bytes);
+    pl_weight *w = pl_weight_new(NULL, type, n_rows, width, data, bytes, NULL, NULL);
+    pl_weight by_rows = *w;
+    by_rows.panels = calloc((size_t)w->n_panels, (size_t)w->panel_bytes);
+    for (int64_t panel = 0; panel < w->n_panels; panel++) {
+        pl_relay_rows(&by_rows, data, panel);
+    }
+    if (memcmp(by_rows.panels, w->panels, (size_t)(w->n_panels * w->panel_bytes)) != 0) {
+        differ("re-laying", "a panel", type, width);
+    }
+    free(by_rows.panels);
+    pl_weight_free(w);
+    free(data);
+}
+
 static void compare_quantization(const pl_cpu_set *set) {
     enum { WIDTH = 128 };
     float x[PL_MAX_LANES * WIDTH];
@@ -205,6 +225,9 @@ int main(void) {
     static const char *const names[] = {"avx2", "avx512", "neon"};
     static const int32_t types[] = {PL_F32,  PL_F16,  PL_BF16, PL_Q4_0, PL_Q4_1, PL_Q5_0, PL_Q5_1,
                                     PL_Q8_0, PL_Q2_K, PL_Q3_K, PL_Q4_K, PL_Q5_K, PL_Q6_K};
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
+        compare_panels(types[t]);
+    }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         setenv("PYLLAMA_CPU", names[i], 1);
         const pl_cpu_set *set = pl_cpu();
