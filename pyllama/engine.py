@@ -453,6 +453,8 @@ class Engine:
             self._outbox.append((events, event))
         if job.text.stopping_word:
             self._end(sequence, "word")
+        elif job.sampler.finished:
+            self._end(sequence, "eos")
         elif 0 < n_predict <= job.n_predicted:
             self._end(sequence, "limit")
         elif events.qsize() >= _MOST_UNREAD:

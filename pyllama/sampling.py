@@ -241,7 +241,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, tokenizer: Vocabulary, prompt_tokens: Sequence[int], n_ctx: int) -> None:
         self.params = params
         self.finished = False
-        """The grammar permits nothing but the end: the next sample is an end token, whatever the logits."""
+        """The grammar permits nothing but the end: the next sample would be an end token, whatever the logits."""
         self._tokenizer = tokenizer
         self._n_vocab = tokenizer.n_vocab
         self._eog = np.array(sorted(tokenizer.eog_ids), np.int32)

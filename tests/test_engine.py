@@ -295,6 +295,21 @@ def test_a_grammar_that_nothing_fits_ends_its_request_only(engine: Engine) -> No
     assert tokens_of(other)[0] == engine.model.greedy(prompt_of(5), 30)
 
 
+def test_a_complete_grammar_ends_its_request_at_once(engine: Engine, monkeypatch) -> None:
+    steps = []
+    run = engine.model.run
+    monkeypatch.setattr(engine.model, "run", lambda *args, **options: steps.append(1) or run(*args, **options))
+    params = SamplingParams(temperature=0.0, grammar='root ::= "abc" [0-9]')
+    for n_predict in (100, 4):  # also where the limit is reached with the last token
+        steps.clear()
+        text, samples, done = engine.submit(request(prompt_of(6), n_predict, sampling=params)).result()
+        assert (len(text), text[:3], done.reason) == (4, "abc", "eos")
+        assert len(samples) == done.n_predicted == len(steps) == 4
+    params = SamplingParams(temperature=0.0, grammar='root ::= "abc" [0-9]*', ignore_eos=True)  # may go on
+    tokens, done = tokens_of(engine.submit(request(prompt_of(6), 7, sampling=params)))
+    assert (len(tokens), done.reason) == (7, "limit")
+
+
 def test_a_stream_that_nobody_reads_ends(engine: Engine, monkeypatch) -> None:
     monkeypatch.setattr("pyllama.engine._MOST_UNREAD", 50)
     stream = engine.submit(request(prompt_of(5), -1, sampling=SamplingParams(ignore_eos=True)))
