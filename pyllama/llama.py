@@ -455,14 +455,7 @@ class Llama:
         Raises:
             ValueError: the model has no tokens for that.
         """
-        tokenizer = self.model.tokenizer
-        marks = {"prefix": tokenizer.fim_pre_id, "suffix": tokenizer.fim_suf_id, "middle": tokenizer.fim_mid_id}
-        if missing := [name for name, token in marks.items() if token is None]:
-            raise ValueError(f"the model cannot fill in: its vocabulary has no token for {', '.join(missing)}")
-        before = tokenizer.encode(prefix, parse_special=False) if isinstance(prefix, str) else prefix
-        after = tokenizer.encode(suffix, parse_special=False)
-        begin = [tokenizer.bos_id] if tokenizer.add_bos else []
-        return (*begin, marks["prefix"], *before, marks["suffix"], *after, marks["middle"])
+        return tuple(self.model.tokenizer.infill(prefix, suffix))
 
     def _submit(
         self, tokens: tuple[int, ...], params: SamplingParams, max_tokens: int | None, stop: str | Sequence[str] | None

@@ -153,7 +153,7 @@ def test_an_empty_prompt_begins_a_text(llm: Llama) -> None:
 
 def test_filling_in(llm: Llama, monkeypatch) -> None:
     tokenizer = llm.model.tokenizer
-    with pytest.raises(ValueError, match="no token for prefix, suffix, middle"):
+    with pytest.raises(ValueError, match="fim_pre_token_id, .*fim_suf_token_id, .*fim_mid_token_id"):
         llm("a", suffix="b")
     for name, token in (("fim_pre_id", 10), ("fim_suf_id", 11), ("fim_mid_id", 12)):
         monkeypatch.setattr(tokenizer, name, token)

@@ -134,8 +134,10 @@ def test_an_address_that_cannot_be_had(model):
     "content, complaint",
     [
         (None, "No such file"),
-        ("{", "is not JSON"),
-        ("[]", "must hold a JSON object"),
+        ("{", "is neither JSON nor text"),
+        (b"\xff", "is neither JSON nor text"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"system_prompt": []}', "must be an object or a string"),
         ('{"prompt": 5}', "prompt"),
         ('{"prompt": "x", "assistant_name": [1]}', "assistant_name"),
     ],
@@ -143,16 +145,22 @@ def test_an_address_that_cannot_be_had(model):
 def test_a_system_prompt_file_that_is_wrong(model, tmp_path, content, complaint):
     path = tmp_path / "bad.json"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     line = failure("-m", model, "-spf", path)
     assert complaint in line and "bad.json" in line
 
 
-def test_a_system_prompt_file(model, tmp_path):
+@pytest.mark.parametrize("form", ["object", "member", "text"])
+def test_a_system_prompt_file(model, tmp_path, form):
     path = tmp_path / "prompt.json"
-    path.write_text(json.dumps({"prompt": "hello", "anti_prompt": "User:", "assistant_name": "Bot:"}))
+    value = {"prompt": "hello", "anti_prompt": "User:", "assistant_name": "Bot:"}
+    texts = {"object": json.dumps(value), "member": json.dumps({"system_prompt": value}), "text": "hello"}
+    path.write_text(texts[form])
+    names = {"assistant_name": "", "user_name": ""} if form == "text" else {"assistant_name": "Bot:", "user_name": "User:"}
     with serving(model, "-spf", path) as server:
-        assert server.json("GET", "/props") == (200, {"assistant_name": "Bot:", "user_name": "User:"})
+        assert server.json("GET", "/props") == (200, names)
+        n = [len(server.post("/tokenize", content=text)["tokens"]) for text in ("hello", "day")]
+        assert server.post("/completion", prompt="day", n_predict=1)["tokens_evaluated"] == sum(n)
 
 
 def test_a_chat_template(model):

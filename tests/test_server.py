@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_probabilities(smollm2, stream):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["Hello world", [19556, 905], ["Hello", 905], [19556, " world"], ["Hello", " world"]]
+    "prompt", ["Hello world", ["Hello world"], [[19556, 905]], [19556, 905], ["Hello", 905], [19556, " world"]]
 )
 def test_forms_of_prompts(smollm2, prompt):
     answer = smollm2.post("/completion", prompt=prompt, n_predict=4, temperature=0)
@@ -234,6 +235,15 @@ def test_embeddings_are_off_without_the_flag(tiny_path):
         assert "--embedding" in server.refused("/v1/embeddings", {"input": "hi"}, 501)
 
 
+def test_several_embeddings(smollm2):
+    one, two = (smollm2.post("/embedding", content=text)["embedding"] for text in ("hi", "bye"))
+    answers = smollm2.post("/embedding", content=["hi", "bye"])
+    assert [answer["index"] for answer in answers] == [0, 1]
+    assert np.allclose([answer["embedding"] for answer in answers], [one, two], atol=1e-3)
+    assert np.allclose(smollm2.post("/embeddings", content="hi")["embedding"], one, atol=1e-3)
+    assert smollm2.post("/embeddings", input="hi")["object"] == "list"
+
+
 def test_the_small_ones(tiny, smollm2):
     assert tiny.json("GET", "/health")[1]["status"] == "ok"
     assert tiny.json("GET", "/props") == (200, {"assistant_name": "", "user_name": ""})
@@ -242,6 +252,32 @@ def test_the_small_ones(tiny, smollm2):
     status, models = smollm2.json("GET", "/v1/models")
     (model,) = models["data"]
     assert (status, models["object"], model["id"], model["object"]) == (200, "list", "smollm2", "model")
+    assert smollm2.json("GET", "/models") == (200, models)
+    assert smollm2.json("GET", "/v1/models/smollm2") == smollm2.json("GET", "/models/smollm2") == (200, model)
+    assert smollm2.json("GET", "/v1/models/gpt-4")[0] == 404
+    (model,) = tiny.json("GET", "/v1/models")[1]["data"]
+    assert tiny.json("GET", "/v1/models/" + quote(model["id"], safe="")) == (200, model)  # a path
+
+
+def test_paths_without_v1(tiny):
+    options = {"max_tokens": 3, "seed": 1, "messages": GREETING}
+    texts = [tiny.post(path, **options)["choices"][0]["message"] for path in ("/v1/chat/completions", "/chat/completions")]
+    assert texts[0] == texts[1]
+    assert tiny.post("/completions", prompt="a", n_predict=1)["tokens_predicted"] == 1
+
+
+def test_roles_and_parts_of_messages(tmp_path):
+    """As far as the template permits: the newer name of the system's role is known to few, parts of texts are joined."""
+    path = tmp_path / "roles.gguf"
+    make_llama(path)
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    with ServerProcess("-m", path, "--chat-template", template) as server:
+        parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "day"}]
+        messages = [{"role": "developer", "content": parts}, {"role": "tool", "content": "x"}, {"role": "assistant"}]
+        n = server.post("/v1/chat/completions", messages=messages, max_tokens=1)["usage"]["prompt_tokens"]
+        expected = server.post("/tokenize", content="system:the day;tool:x;assistant:;")["tokens"]
+        assert n == len(expected)
+        assert server.post("/completion", prompt=expected, n_predict=0)["timings"]["prompt_n"] == 1  # they were the same
 
 
 def test_a_system_prompt_stands_before_every_prompt(tiny_path):
@@ -368,10 +404,16 @@ def test_options_of_both_kinds_in_a_chat(client):
 
 def test_text_completions(client):
     options = {"model": "x", "max_tokens": 3, "temperature": 0}
-    one = client.completions.create(prompt="The capital of France is", **options, logprobs=2, echo=True)
+    one = client.completions.create(prompt="The capital of France is", **options, echo=True, best_of=1)
     assert one.choices[0].text.startswith("The capital of France is Paris")
-    assert one.choices[0].logprobs.tokens[0] == " Paris"
-    assert len(one.choices[0].logprobs.top_logprobs[0]) == 2
+    for stream in (False, True):
+        told = client.completions.create(prompt="The capital of France is", **options, logprobs=2, stream=stream)
+        parts = [chunk.choices[0] for chunk in told][:-1] if stream else told.choices
+        tokens = [token for part in parts for token in part.logprobs.tokens]
+        assert tokens[0] == " Paris" and "The capital of France is" + "".join(tokens) == one.choices[0].text
+        ends = [offset for part in parts for offset in part.logprobs.text_offset]
+        assert ends == [0, len(tokens[0]), len(tokens[0]) + len(tokens[1])]
+        assert len(parts[0].logprobs.top_logprobs[0]) == 2
     two = client.completions.create(prompt=["The capital of France is", "1 2 3 4"], n=2, **options)
     assert len(two.choices) == 4 and two.choices[0].text == two.choices[1].text != two.choices[2].text
     assert two.usage.prompt_tokens == one.usage.prompt_tokens + 7
@@ -451,7 +493,7 @@ def test_errors_as_the_client_sees_them(client):
         ("/completion", {"prompt": "x", "grammar": "root ::= nothing"}, "grammar, line 1"),
         ("/completion", {"prompt": "x", "slot_id": 99}, "slot 99 does not exist"),
         ("/completion", {"prompt": "x", "cache_prompt": "x"}, "cache_prompt must be"),
-        ("/completion", {"prompt": "x", "system_prompt": "x"}, "system_prompt must be an object"),
+        ("/completion", {"prompt": "x", "system_prompt": 5}, "system_prompt must be an object or a string"),
         ("/completion", {"prompt": "x", "system_prompt": {"prompt": 1}}, "system_prompt.prompt must be a string"),
         ("/tokenize", {}, "content is missing"),
         ("/tokenize", {"content": 1}, "content must be a string"),
@@ -470,7 +512,18 @@ def test_errors_as_the_client_sees_them(client):
         ("/v1/chat/completions", {"messages": GREETING, "stream_options": {"include_usage": 1}},
          "stream_options.include_usage must be"),
         ("/v1/completions", {"prompt": []}, "prompt is empty"),
-        ("/v1/completions", {"prompt": ["x", 1]}, "prompt[1] must be"),
+        ("/v1/completions", {"prompt": ["x", 10**9]}, "prompt[1] must be a token"),
+        ("/v1/completions", {"prompt": [["x"], 1]}, "prompt[1] must be a string or an array"),
+        ("/completion", {"prompt": [[1], [1, []]]}, "prompt[1][1] must be a token"),
+        ("/completion", {"prompt": ["x"] * 129}, "prompt has 129 elements; at most 128"),
+        ("/infill", {"prompt": "x"}, "input_prefix is missing"),
+        ("/infill", {"input_prefix": 1}, "input_prefix must be a string"),
+        ("/tokenize", {"content": "x", "with_pieces": 1}, "with_pieces must be true or false"),
+        ("/v1/completions", {"prompt": [1], "suffix": "x"}, "prompt must be a string"),
+        ("/v1/completions", {"prompt": "x", "suffix": 1}, "suffix must be a string"),
+        ("/v1/chat/completions", {"messages": GREETING, "top_logprobs": 1}, "top_logprobs needs logprobs"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 5}, "dimensions must be 64"),
+        ("/v1/embeddings", {"input": "the day " * 9000}, "is too long for its embedding; 8191 are possible"),
         ("/v1/completions", {"prompt": ["x"] * 2, "n": 100}, "n asks for 200 answers"),
         ("/v1/embeddings", {"input": {}}, "input must be"),
         ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format must be"),
@@ -484,6 +537,18 @@ def test_what_is_not_possible(tiny):
     assert "image" in tiny.refused("/completion", {"prompt": "x", "image_data": [{"data": "", "id": 1}]}, 501)
     body = {"messages": GREETING, "response_format": {"type": "json_object"}}
     assert "response_format" in tiny.refused("/v1/chat/completions", body, 501)
+    for name in ("tools", "functions"):
+        body = {"messages": GREETING, name: [{"type": "function"}]}
+        assert f"{name}: function calling" in tiny.refused("/v1/chat/completions", body, 501)
+    assert tiny.post("/v1/chat/completions", messages=GREETING, tools=[{}], tool_choice="none", max_tokens=1)
+    picture = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}
+    message = tiny.refused("/v1/chat/completions", {"messages": [picture]}, 501)
+    assert message.startswith("messages[0].content[1]: image_url needs a model that takes more than text")
+    assert "best_of" in tiny.refused("/v1/completions", {"prompt": "x", "best_of": 3, "n": 2}, 501)
+    assert "echo" in tiny.refused("/v1/completions", {"prompt": "x", "echo": True, "logprobs": 0}, 501)
+    for path, body in (("/infill", {"input_prefix": "x"}), ("/v1/completions", {"prompt": "x", "suffix": "y"})):
+        message = tiny.refused(path, body, 501)
+        assert all(f"fim_{name}_token_id" in message for name in ("pre", "suf", "mid"))
 
 
 def test_paths_and_methods(tiny):

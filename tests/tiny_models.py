@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ def _prefixes(space: str) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def add_byte_level_vocabulary(writer: GGUFWriter) -> int:
-    """Adds a byte-level BPE vocabulary with ChatML's special tokens; the number of its tokens."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+def add_byte_level_vocabulary(writer: GGUFWriter, specials: Sequence[str] = ()) -> int:
+    """Adds a byte-level BPE vocabulary with ChatML's special tokens, and more; the number of its tokens."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *specials]
     merges = _prefixes("\u0120")
     tokens = specials + byte_characters() + [a + b for a, b in merges]
     types = [CONTROL] * len(specials) + [NORMAL] * (len(tokens) - len(specials))
@@ -71,14 +71,17 @@ def add_byte_level_vocabulary(writer: GGUFWriter) -> int:
     return len(tokens)
 
 
-def add_sentencepiece_vocabulary(writer: GGUFWriter) -> int:
-    """Adds a SentencePiece-style vocabulary with byte fallback and Gemma's special tokens; the number of its tokens."""
+def add_sentencepiece_vocabulary(writer: GGUFWriter, specials: Sequence[str] = (), space_prefix: bool = False) -> int:
+    """Adds a SentencePiece-style vocabulary with byte fallback and Gemma's special tokens, and more; the number of its
+    tokens. ``space_prefix``: texts begin with a space."""
+    more = list(specials)
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     characters = ["\u2581", "\n", *map(chr, range(33, 127)), "é", "日", "本"]
     pieces = list(dict.fromkeys(a + b for a, b in _prefixes("\u2581")))
-    tokens = specials + [f"<0x{b:02X}>" for b in range(256)] + pieces + characters
+    tokens = specials + [f"<0x{b:02X}>" for b in range(256)] + pieces + characters + more
     types = [CONTROL] * 3 + [UNKNOWN] + [CONTROL] * 2 + [BYTE] * 256 + [NORMAL] * (len(pieces) + len(characters))
-    scores = [0.0] * (len(specials) + 256) + [-float(i) for i in range(len(pieces) + len(characters))]
+    types += [CONTROL] * len(more)
+    scores = [0.0] * (len(specials) + 256) + [-float(i) for i in range(len(pieces) + len(characters) + len(more))]
     writer.add("tokenizer.ggml.model", "llama")
     writer.add("tokenizer.ggml.pre", "default")
     writer.add("tokenizer.ggml.tokens", tokens)
@@ -90,7 +93,7 @@ def add_sentencepiece_vocabulary(writer: GGUFWriter) -> int:
     writer.add("tokenizer.ggml.padding_token_id", 0)
     writer.add("tokenizer.ggml.add_bos_token", True)
     writer.add("tokenizer.ggml.add_eos_token", False)
-    writer.add("tokenizer.ggml.add_space_prefix", False)
+    writer.add("tokenizer.ggml.add_space_prefix", space_prefix)
     writer.add("tokenizer.chat_template", TURNS)
     return len(tokens)
 
@@ -134,10 +137,11 @@ class _Tensors:
 def make_llama(
     path: Path, *, n_layer: int = 2, n_embd: int = 64, n_head: int = 4, n_head_kv: int = 2, n_ff: int = 128,
     n_ctx: int = 512, quant: str = "F32", architecture: str = "llama", seed: int = 0,
-    more: Mapping[str, Any] | None = None, rope_factors: bool = False,
+    more: Mapping[str, Any] | None = None, rope_factors: bool = False, specials: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Writes a llama with a byte-level vocabulary. ``quant`` is the matrices' format, whose blocks must divide their rows;
-    ``more``: keys after ``<architecture>.``; ``rope_factors``: with divisors of the rotary frequencies, as Llama 3.1 has them."""
+    ``more``: keys after ``<architecture>.``; ``rope_factors``: with divisors of the rotary frequencies, as Llama 3.1 has them;
+    ``specials``: more control tokens, the first has the number 3."""
     writer = GGUFWriter()
     writer.add("general.architecture", architecture)
     writer.add("general.name", "tiny llama")
@@ -154,7 +158,7 @@ def make_llama(
         **(more or {}),
     }.items():
         writer.add(f"{architecture}.{key}", value)
-    n_vocab = add_byte_level_vocabulary(writer)
+    n_vocab = add_byte_level_vocabulary(writer, specials)
     n_kv = n_embd // n_head * n_head_kv
     tensors = _Tensors(writer, quant, seed)
     tensors.matrix("token_embd", n_vocab, n_embd)
@@ -177,10 +181,10 @@ def make_llama(
 def make_gemma3(
     path: Path, *, n_layer: int = 7, n_embd: int = 64, n_head: int = 2, n_head_kv: int = 1, head_dim: int = 32,
     n_ff: int = 128, n_ctx: int = 512, sliding_window: int = 16, quant: str = "F32", seed: int = 0,
-    more: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None, specials: Sequence[str] = (), space_prefix: bool = False,
 ) -> None:  # fmt: skip
     """Writes a gemma3 with a SentencePiece-style vocabulary; the sixth layer is global. ``more`` as in
-    :func:`make_llama`."""
+    :func:`make_llama`; ``specials``: more control tokens, the last of all; ``space_prefix``: texts begin with a space."""
     writer = GGUFWriter()
     writer.add("general.architecture", "gemma3")
     writer.add("general.name", "tiny gemma")
@@ -199,7 +203,7 @@ def make_gemma3(
         **(more or {}),
     }.items():
         writer.add(f"gemma3.{key}", value)
-    n_vocab = add_sentencepiece_vocabulary(writer)
+    n_vocab = add_sentencepiece_vocabulary(writer, specials, space_prefix)
     tensors = _Tensors(writer, quant, seed)
     tensors.matrix("token_embd", n_vocab, n_embd)
     for i in range(n_layer):

@@ -16,7 +16,7 @@ from pyllama.server import flags
 from pyllama.server.app import create_app
 from pyllama.server.http import Server
 from pyllama.server.log import log, log_request, progress_line, set_up
-from pyllama.server.service import Defaults, Service
+from pyllama.server.service import Defaults, Service, SystemPrompt
 
 __all__ = ["Program", "main"]
 
@@ -46,7 +46,7 @@ class Program:
             )
         )
         if settings.system_prompt_file is not None:
-            self._read_system_prompt(settings.system_prompt_file)
+            self.service.system_prompt = _read_system_prompt(settings.system_prompt_file)
         application = create_app(self.service, settings.path)
         try:
             self.server = Server(
@@ -121,22 +121,27 @@ class Program:
                 s.parallel,
             )
 
-    def _read_system_prompt(self, path: Path) -> None:
-        try:
-            value = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{path} must hold a JSON object")
-        try:
-            self.service.set_system_prompt(value)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
     def _fail(self, message: str) -> None:
         log.error("%s", message)
         self._failed = True
         self.stop()
+
+
+def _read_system_prompt(path: Path) -> SystemPrompt:
+    """From a file with the JSON that /completion takes as ``system_prompt``, on its own or as a member; or with the text."""
+    try:
+        text = path.read_bytes().decode()
+        if not text.lstrip().startswith("{"):
+            return SystemPrompt(text)
+        value = json.loads(text)
+    except ValueError as error:  # of json, or of a wrong encoding
+        raise ValueError(f"{path} is neither JSON nor text: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    try:
+        return SystemPrompt.read(value.get("system_prompt", value))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "server.py") -> int:

@@ -1,55 +1,82 @@
-"""The endpoints of llama.cpp's server: /completion, /tokenize, /detokenize, /embedding, /props, /model.json."""
+"""The endpoints of llama.cpp's server: /completion, /infill, /tokenize, /detokenize, /embedding, /props, /model.json."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bottle import Bottle
 
 from pyllama.engine import Done, Request, Token
 from pyllama.server.errors import ApiError, dump
-from pyllama.server.fields import Fields, describe
-from pyllama.server.options import generation_settings, read_prompt, read_request
+from pyllama.server.fields import Fields
+from pyllama.server.options import generation_settings, read_prompts, read_request, read_system_prompt
 from pyllama.server.request import client_is_gone, json_fields, notes
-from pyllama.server.service import Service, events
+from pyllama.server.service import Service, SystemPrompt, events
 from pyllama.server.sse import send_events
 from pyllama.tokenizer import Tokenizer
 
-__all__ = ["add_routes", "embed", "note_usage", "printable", "timings"]
+__all__ = ["MAX_INPUTS", "add_routes", "embed", "infill_tokens", "llama_embeddings", "note_usage", "printable", "timings"]
+
+MAX_INPUTS = 2048
+"""Texts of one request for embeddings."""
 
 
 def add_routes(app: Bottle, service: Service) -> None:
     """Adds the endpoints to an application."""
 
     @app.post("/completion")
+    @app.post("/completions")
     def completion() -> Iterator[bytes] | bytes:
         fields = json_fields(service)
-        if fields.get("system_prompt") is not None:
-            _set_system_prompt(service, fields.get("system_prompt"))
-        request = read_request(fields, service, read_prompt(fields, service))
-        stream = fields.boolean("stream", False)
-        chunks = _complete(service, request, fields.get("prompt"), stream, client_is_gone(), notes())
-        return send_events(chunks) if stream else dump(_join(chunks))
+        system = read_system_prompt(fields, service)
+        prompts = read_prompts(fields, service, system=service.system_tokens(system))
+        request = read_request(fields, service, prompts[0])
+        given = fields.get("prompt")
+        job = _Job(
+            [replace(request, prompt=prompt) for prompt in prompts],
+            given if len(prompts) > 1 else [given],
+            system,
+            fields.boolean("stream", False),
+        )
+        chunks = _complete(service, job, client_is_gone(), notes())
+        return send_events(chunks) if job.stream else dump(_join(chunks))
+
+    @app.post("/infill")
+    def infill() -> Iterator[bytes]:
+        fields = json_fields(service)
+        if fields.get("input_prefix") is None and fields.get("input_suffix") is None:
+            fields.fail("input_prefix", "is missing")
+        prefix, suffix = fields.string("input_prefix", ""), fields.string("input_suffix", "")
+        system = read_system_prompt(fields, service)
+        prompt = service.after_system_prompt(infill_tokens(service, prefix, suffix), system)
+        job = _Job([read_request(fields, service, prompt)], [""], system, stream=True)
+        return send_events(_complete(service, job, client_is_gone(), notes()))
 
     @app.post("/tokenize")
     def tokenize() -> bytes:
         fields = json_fields(service)
         fields.require("content")
-        return dump({"tokens": service.model.tokenizer.encode(fields.string("content"))})
+        tokenizer, text = service.model.tokenizer, fields.string("content")
+        tokens = tokenizer.opening if fields.boolean("add_special", False) else []
+        tokens += tokenizer.encode(text, space_prefix=False)
+        if fields.boolean("with_pieces", False):
+            return dump({"tokens": [{"id": token, "piece": _piece(tokenizer, token)} for token in tokens]})
+        return dump({"tokens": tokens})
 
     @app.post("/detokenize")
     def detokenize() -> bytes:
         fields = json_fields(service)
         fields.require("tokens")
         tokenizer = service.model.tokenizer
-        return dump({"content": tokenizer.decode(fields.tokens("tokens", tokenizer.n_vocab), special=True)})
+        tokens = fields.tokens("tokens", tokenizer.n_vocab)
+        return dump({"content": tokenizer.decode(tokens, special=True, space_prefix=False)})
 
     @app.post("/embedding")
     def embedding() -> bytes:
-        fields = json_fields(service)
-        (done,) = embed(service, [read_prompt(fields, service, "content")], client_is_gone(), notes())
-        return dump({"embedding": done.embedding.tolist()})
+        return llama_embeddings(json_fields(service), service)
 
     @app.get("/props")
     def props() -> bytes:
@@ -66,33 +93,60 @@ def add_routes(app: Bottle, service: Service) -> None:
 # ---- completions ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What one client wants completed."""
+
+    requests: list[Request]
+    prompts: list[object]
+    """As the client gave them; answers repeat them."""
+    system_prompt: SystemPrompt | None
+    stream: bool
+
+
+def infill_tokens(service: Service, prefix: str, suffix: str) -> list[int]:
+    """The prompt for what stands between two texts. Raises ``ApiError`` 501 when the model has no tokens for that."""
+    try:
+        return service.model.tokenizer.infill(prefix, suffix)
+    except ValueError as error:
+        raise ApiError(501, str(error)) from None
+
+
 def _complete(
-    service: Service, request: Request, prompt: object, stream: bool, is_gone: Callable[[], bool], notes: dict[str, Any]
+    service: Service, job: _Job, is_gone: Callable[[], bool], notes: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """One object for each piece of text, and a last one with everything else."""
-    n_probs = request.sampling.n_probs
+    """One object for each piece of text, and a last one with everything else. Several prompts are worked on side by side, and
+    each object tells the ``index`` of its own."""
+    n_probs = job.requests[0].sampling.n_probs
     tokenizer = service.model.tokenizer
-    with service.submit([request]) as (running,):
-        for event in events(running, is_gone):
+    with service.submit(job.requests, job.system_prompt) as streams:
+        for index, event in events(streams, is_gone):
+            which = {"index": index} if len(streams) > 1 else {}
             if isinstance(event, Done):
                 note_usage(notes, event)
-                settings = generation_settings(service, request, stream=stream)
-                yield _result(event, settings, prompt)
+                settings = generation_settings(service, job.requests[index], stream=job.stream)
+                yield {**which, **_result(event, settings, job.prompts[index])}
             elif event.text or n_probs:
-                chunk = {"content": event.text, "multimodal": False, "slot_id": running.slot_id, "stop": False}
+                chunk = {"content": event.text, "multimodal": False, "slot_id": streams[index].slot_id, "stop": False}
                 if n_probs:
                     chunk["completion_probabilities"] = _probabilities(event, tokenizer)
-                yield chunk
+                yield {**which, **chunk}
 
 
-def _join(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The answer to a request that is not streamed, from the chunks of one that is."""
-    *pieces, result = chunks
-    result["content"] = "".join(piece["content"] for piece in pieces)
-    probabilities = [entry for piece in pieces for entry in piece.get("completion_probabilities", ())]
-    if result["generation_settings"]["n_probs"]:
-        result["completion_probabilities"] = probabilities
-    return result
+def _join(chunks: Iterable[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
+    """The answer to a request that is not streamed, from the chunks of one that is; an array for several prompts."""
+    pieces: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+    for chunk in chunks:
+        pieces[chunk.get("index", 0)].append(chunk)
+    results = []
+    for index in sorted(pieces):
+        *parts, result = pieces[index]
+        result["content"] = "".join(part["content"] for part in parts)
+        if result["generation_settings"]["n_probs"]:
+            entries = [entry for part in parts for entry in part["completion_probabilities"]]
+            result["completion_probabilities"] = entries
+        results.append(result)
+    return results if len(results) > 1 else results[0]
 
 
 def _result(done: Done, settings: dict[str, Any], prompt: object) -> dict[str, Any]:
@@ -139,13 +193,19 @@ def _probabilities(event: Token, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     ]
 
 
-def printable(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text, or the bytes that it stands for where these are no text."""
+def _piece(tokenizer: Tokenizer, token: int) -> str | list[int]:
+    """A token's text, or its bytes where these are no text."""
     data = tokenizer.token_bytes(token, special=True)
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return "byte: " + "".join(f"\\x{byte:02x}" for byte in data)
+        return list(data)
+
+
+def printable(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text, or the bytes that it stands for where these are no text."""
+    piece = _piece(tokenizer, token)
+    return piece if isinstance(piece, str) else "byte: " + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def note_usage(notes: dict[str, Any], done: Done) -> None:
@@ -154,33 +214,35 @@ def note_usage(notes: dict[str, Any], done: Done) -> None:
         notes[name] = notes.get(name, 0) + n
 
 
-# ---- embeddings and the system prompt ---------------------------------------------------------------------------------
+# ---- embeddings --------------------------------------------------------------------------------------------------------
+
+
+def llama_embeddings(fields: Fields, service: Service) -> bytes:
+    """The embedding of ``content``, or an array where that is several texts."""
+    done = embed(service, read_prompts(fields, service, "content", most=MAX_INPUTS), client_is_gone(), notes())
+    vectors = [{"embedding": item.embedding.tolist()} for item in done]
+    return dump(vectors[0] if len(done) == 1 else [{"index": i, **item} for i, item in enumerate(vectors)])
 
 
 def embed(
     service: Service, prompts: list[tuple[int, ...]], is_gone: Callable[[], bool], notes: dict[str, Any]
 ) -> list[Done]:
-    """The last states of some prompts.
+    """The last states of some prompts, with EOS in the end where the model wants it there.
 
     Raises:
-        ApiError: 501 when the server was started without ``--embedding``.
+        ApiError: 501 when the server was started without ``--embedding``, 400 for a prompt that the context does not hold.
     """
     if not service.defaults.embedding:
         raise ApiError(501, "embeddings are off; start the server with --embedding")
-    done = []
-    with service.submit([Request(prompt=prompt, n_predict=0, embedding=True) for prompt in prompts]) as streams:
-        for stream in streams:
-            (last,) = events(stream, is_gone)
-            note_usage(notes, last)
-            done.append(last)
-    return done
-
-
-def _set_system_prompt(service: Service, values: object) -> None:
-    """Raises ``ApiError`` 400 for what is no system prompt."""
-    if not isinstance(values, dict):
-        raise ApiError(400, f"system_prompt must be an object, not {describe(values)}")
-    try:
-        service.set_system_prompt(values)
-    except ValueError as error:
-        raise ApiError(400, str(error)) from None
+    tokenizer, most = service.model.tokenizer, service.model.n_ctx - 1
+    requests = []
+    for prompt in prompts:
+        tokens = (*prompt, tokenizer.eos_id) if tokenizer.add_eos and prompt[-1] != tokenizer.eos_id else prompt
+        if len(tokens) > most:
+            raise ApiError(400, f"a text of {len(tokens)} tokens is too long for its embedding; {most} are possible")
+        requests.append(Request(prompt=tokens, n_predict=0, embedding=True))
+    with service.submit(requests) as streams:
+        done = dict(events(streams, is_gone))
+    for item in done.values():
+        note_usage(notes, item)
+    return [done[i] for i in range(len(requests))]

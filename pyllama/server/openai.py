@@ -6,7 +6,6 @@ They also understand the options of /completion. https://platform.openai.com/doc
 from __future__ import annotations
 
 import base64
-import itertools
 import math
 import secrets
 import time
@@ -17,23 +16,24 @@ from typing import Any
 import numpy as np
 from bottle import Bottle
 
-from pyllama.chat import ChatTemplateError
+from pyllama.chat import ChatTemplate, ChatTemplateError
 from pyllama.engine import Done, Request, Token
 from pyllama.sampling import RANDOM_SEED, Sample
 from pyllama.server.errors import ApiError, dump
-from pyllama.server.fields import Fields, describe
-from pyllama.server.native import embed, note_usage, printable, timings
-from pyllama.server.options import join_prompt, read_request
+from pyllama.server.fields import Fields
+from pyllama.server.native import MAX_INPUTS, embed, infill_tokens, llama_embeddings, note_usage, printable, timings
+from pyllama.server.options import MAX_PROMPTS, read_prompts, read_request, read_response_format, read_system_prompt
 from pyllama.server.request import client_is_gone, json_fields, notes
-from pyllama.server.service import Service, events
+from pyllama.server.service import Service, SystemPrompt, events
 from pyllama.server.sse import DONE, send_events
 from pyllama.tokenizer import Tokenizer
 
 __all__ = ["add_routes"]
 
-MAX_CHOICES = 128
-MAX_INPUTS = 2048
+MAX_CHOICES = MAX_PROMPTS
 MAX_TOP_LOGPROBS = 20
+_MEDIA = ("image_url", "image", "input_image", "input_audio", "file", "video_url")
+"""Parts of messages that are no text."""
 _LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of nothing, which JSON cannot write."""
 
@@ -42,85 +42,158 @@ def add_routes(app: Bottle, service: Service) -> None:
     """Adds the endpoints to an application."""
 
     @app.post("/v1/chat/completions")
+    @app.post("/chat/completions")
     def chat_completions() -> Iterator[bytes] | bytes:
         fields = json_fields(service)
-        fields.require("messages")
-        if fields.object("response_format").string("type", "text") != "text":
-            raise ApiError(501, "response_format: only 'text' is possible")
+        _refuse_tools(fields)
+        n_logprobs = _read_top_logprobs(fields)
+        system = read_system_prompt(fields, service)
+        template = service.chat_template
         try:
-            prompt = service.chat_template.encode(service.model.tokenizer, fields.array("messages"))
+            chat = template.encode(service.model.tokenizer, _read_messages(fields, template))
         except ChatTemplateError as error:
             raise ApiError(400, str(error)) from None
-        n_logprobs = None
-        if fields.boolean("logprobs", False):
-            n_logprobs = fields.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
-        form = _Chat(service.model.tokenizer, n_logprobs, service.chat_template.stop)
-        return _answer(form, fields, service, [tuple(prompt)])
+        requests = _read_requests(
+            fields, service, [service.after_system_prompt(chat, system)], n_logprobs, stop=template.stop
+        )
+        choices = [_Chat(service.model.tokenizer, n_logprobs) for _ in requests]
+        return _answer(choices, requests, fields, service, system)
 
     @app.post("/v1/completions")
     def completions() -> Iterator[bytes] | bytes:
         fields = json_fields(service)
         n_logprobs = fields.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
-        form = _Text(service.model.tokenizer, n_logprobs, fields.boolean("echo", False))
-        return _answer(form, fields, service, _read_prompts(fields, service, "prompt", MAX_CHOICES))
+        echo = fields.boolean("echo", False)
+        if echo and n_logprobs is not None:
+            raise ApiError(501, "logprobs with echo: the probabilities of a prompt's own tokens are not computed")
+        system = read_system_prompt(fields, service)
+        before = service.system_tokens(system)
+        prompts = _read_text_prompts(fields, service, system)
+        requests = _read_requests(fields, service, prompts, n_logprobs)
+        if fields.integer("best_of", None) not in (None, len(requests) // len(prompts)):
+            raise ApiError(501, "best_of must be the same as n: answers are not compared")
+        tokenizer = service.model.tokenizer
+        choices = []
+        for request in requests:
+            own = request.prompt[len(before) :]
+            echoed = tokenizer.decode(own, space_prefix=not before) if echo else ""
+            choices.append(_Text(tokenizer, n_logprobs, echoed))
+        return _answer(choices, requests, fields, service, system)
 
     @app.post("/v1/embeddings")
     def embeddings() -> bytes:
+        return _embeddings(json_fields(service), service)
+
+    @app.post("/embeddings")
+    def embeddings_of_either_kind() -> bytes:
         fields = json_fields(service)
-        form = fields.string("encoding_format", "float")
-        if form not in ("float", "base64"):
-            fields.fail("encoding_format", "must be 'float' or 'base64'")
-        done = embed(service, _read_prompts(fields, service, "input", MAX_INPUTS), client_is_gone(), notes())
-        data = [
-            {"embedding": _unit_vector(item.embedding, form), "index": i, "object": "embedding"}
-            for i, item in enumerate(done)
-        ]
-        n_tokens = sum(item.n_prompt for item in done)
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return dump({"data": data, "model": service.defaults.name, "object": "list", "usage": usage})
+        if fields.get("input") is None:
+            return llama_embeddings(fields, service)
+        return _embeddings(fields, service)
 
     @app.get("/v1/models")
+    @app.get("/models")
     def models() -> bytes:
-        service.engine  # noqa: B018 - refuses while there is no model
-        model = {"created": service.created, "id": service.defaults.name, "object": "model", "owned_by": "pyllama"}
-        return dump({"data": [model], "object": "list"})
+        return dump({"data": [_model(service)], "object": "list"})
+
+    @app.get("/v1/models/<name:path>")
+    @app.get("/models/<name:path>")
+    def model(name: str) -> bytes:
+        if name != service.defaults.name:
+            raise ApiError(404, f"there is no model {name}; this server has {service.defaults.name}")
+        return dump(_model(service))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    service.engine  # noqa: B018 - refuses while there is no model
+    return {"created": service.created, "id": service.defaults.name, "object": "model", "owned_by": "pyllama"}
+
+
+def _embeddings(fields: Fields, service: Service) -> bytes:
+    form = fields.string("encoding_format", "float")
+    if form not in ("float", "base64"):
+        fields.fail("encoding_format", "must be 'float' or 'base64'")
+    width = service.model.hp.n_embd
+    if fields.integer("dimensions", width) != width:
+        fields.fail("dimensions", f"must be {width}: this model's embeddings cannot be shortened")
+    prompts = read_prompts(fields, service, "input", most=MAX_INPUTS)
+    done = embed(service, prompts, client_is_gone(), notes())
+    data = [
+        {"embedding": _unit_vector(item.embedding, form), "index": i, "object": "embedding"}
+        for i, item in enumerate(done)
+    ]
+    n_tokens = sum(item.n_prompt for item in done)
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return dump({"data": data, "model": service.defaults.name, "object": "list", "usage": usage})
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
-def _read_prompts(fields: Fields, service: Service, name: str, most: int) -> list[tuple[int, ...]]:
-    """One or several prompts: a string, an array of strings, an array of tokens, or an array of arrays of tokens."""
-    value = fields.require(name)
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list):
-        fields.fail(name, f"must be a string or an array, not {describe(value)}")
-    if not value:
-        fields.fail(name, "is empty")
-    if not isinstance(value[0], (str, list)):
-        return [join_prompt(fields, service, value, name)]
-    if len(value) > most:
-        fields.fail(name, f"has {len(value)} elements; at most {most} are possible")
-    prompts = []
-    for i, item in enumerate(value):
-        if not isinstance(item, (str, list)):
-            fields.fail(f"{name}[{i}]", f"must be a string or an array of tokens, not {describe(item)}")
-        prompts.append(join_prompt(fields, service, item if isinstance(item, list) else [item], f"{name}[{i}]"))
-    return prompts
+def _refuse_tools(fields: Fields) -> None:
+    for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if fields.array(name, []) and fields.get(choice) != "none":
+            raise ApiError(501, f"{name}: function calling is not supported")
 
 
-def _read_requests(form: _Form, fields: Fields, service: Service, prompts: list[tuple[int, ...]]) -> list[Request]:
+def _read_messages(fields: Fields, template: ChatTemplate) -> list[Any]:
+    """The messages, which the template checks in detail."""
+    fields.require("messages")
+    messages = []
+    for i, message in enumerate(fields.array("messages")):
+        if isinstance(message, dict):
+            parts = message.get("content")
+            for j, part in enumerate(parts if isinstance(parts, list) else []):
+                kind = part.get("type") if isinstance(part, dict) else None
+                if kind in _MEDIA:
+                    raise ApiError(501, f"messages[{i}].content[{j}]: {kind} needs a model that takes more than text")
+            # The newer name of the system's role, for which few templates have been made.
+            if message.get("role") == "developer" and "developer" not in template.source:
+                message = {**message, "role": "system"}
+        messages.append(message)
+    return messages
+
+
+def _read_top_logprobs(fields: Fields) -> int | None:
+    """How many of the best tokens to report beside each token; None: report nothing."""
+    n = fields.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
+    if fields.boolean("logprobs", False):
+        return n or 0
+    if n:
+        fields.fail("top_logprobs", "needs logprobs to be true")
+    return None
+
+
+def _read_text_prompts(fields: Fields, service: Service, system: SystemPrompt | None) -> list[tuple[int, ...]]:
+    """The prompts of a text completion; with a ``suffix``, the one that asks for what stands between."""
+    if fields.get("prompt") == []:
+        fields.fail("prompt", "is empty")
+    suffix = fields.string("suffix", "")
+    if not suffix:
+        return read_prompts(fields, service, system=service.system_tokens(system))
+    fields.require("prompt")
+    return [service.after_system_prompt(infill_tokens(service, fields.string("prompt"), suffix), system)]
+
+
+def _read_requests(
+    fields: Fields,
+    service: Service,
+    prompts: list[tuple[int, ...]],
+    n_logprobs: int | None,
+    stop: tuple[str, ...] = (),
+) -> list[Request]:
     """``n`` requests for each prompt, with seeds that follow one another where there is one.
 
     Where no limit is given the context is the limit: clients of this API do not expect answers without end.
     """
-    sampling: dict[str, Any] = {}
-    if form.n_logprobs is not None:
+    replaced: dict[str, Any] = {}
+    if n_logprobs is not None:
         # The sampler reports the chosen token's probability only when it reports any.
-        sampling["n_probs"] = max(form.n_logprobs, 1)
-    request = read_request(fields, service, prompts[0], **sampling)
-    request = replace(request, stop=(*request.stop, *form.stop))
+        replaced["n_probs"] = max(n_logprobs, 1)
+    if grammar := read_response_format(fields):
+        replaced["grammar"] = grammar
+    request = read_request(fields, service, prompts[0], **replaced)
+    request = replace(request, stop=(*request.stop, *stop))
     for name in ("max_tokens", "max_completion_tokens"):
         request = replace(request, n_predict=fields.integer(name, request.n_predict, low=-1))
     n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
@@ -139,15 +212,20 @@ def _read_requests(form: _Form, fields: Fields, service: Service, prompts: list[
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _answer(form: _Form, fields: Fields, service: Service, prompts: list[tuple[int, ...]]) -> Iterator[bytes] | bytes:
-    requests = _read_requests(form, fields, service, prompts)
+def _answer(
+    choices: Sequence[_Choice],
+    requests: list[Request],
+    fields: Fields,
+    service: Service,
+    system_prompt: SystemPrompt | None,
+) -> Iterator[bytes] | bytes:
     usage = fields.object("stream_options").boolean("include_usage", False)
     head = {
         "created": int(time.time()),
-        "id": f"{form.id_prefix}-{secrets.token_urlsafe(18)}",
+        "id": f"{choices[0].id_prefix}-{secrets.token_urlsafe(18)}",
         "model": service.defaults.name,
     }
-    answer = _Answer(form, head, requests, service, client_is_gone(), notes())
+    answer = _Answer(choices, head, requests, service, system_prompt, client_is_gone(), notes())
     if fields.boolean("stream", False):
         return send_events(answer.chunks(usage))
     return dump(answer.whole())
@@ -157,64 +235,68 @@ def _answer(form: _Form, fields: Fields, service: Service, prompts: list[tuple[i
 class _Answer:
     """The choices of one request, streamed or as a whole."""
 
-    form: _Form
+    choices: Sequence[_Choice]
     head: dict[str, Any]
     requests: list[Request]
+    """One for each choice."""
     service: Service
+    system_prompt: SystemPrompt | None
     is_gone: Callable[[], bool]
     notes: dict[str, Any]
 
     def chunks(self, with_usage: bool) -> Iterator[object]:
-        """What a stream sends. The choices are worked on side by side, but told one after the other."""
-        form = self.form
-        head = {**self.head, "object": form.chunk_kind}
+        """What a stream sends, the choices side by side."""
+        head = {**self.head, "object": self.choices[0].chunk_kind}
         if with_usage:
             head["usage"] = None
-        usage: list[Done] = []
-        with self.service.submit(self.requests) as streams:
-            for index, stream in enumerate(streams):
-                for choice in form.opening(stream.request.prompt):
-                    yield {"choices": [{"finish_reason": None, "index": index, **choice}], **head}
-                for event in events(stream, self.is_gone):
-                    if isinstance(event, Done):
-                        self._note(event, usage)
-                        choice = {"finish_reason": _finish_reason(event), "index": index, **form.closing()}
-                        yield {"choices": [choice], **head, "timings": timings(event)}
-                    elif event.text or form.n_logprobs is not None:
-                        choice = {"finish_reason": None, "index": index, **form.delta(event)}
-                        yield {"choices": [choice], **head}
+
+        def chunk(index: int, content: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+            return {"choices": [{"finish_reason": finish_reason, "index": index, **content}], **head}
+
+        done: dict[int, Done] = {}
+        with self.service.submit(self.requests, self.system_prompt) as streams:
+            for index, choice in enumerate(self.choices):
+                if (opening := choice.opening()) is not None:
+                    yield chunk(index, opening)
+            for index, event in events(streams, self.is_gone):
+                choice = self.choices[index]
+                if isinstance(event, Done):
+                    done[index] = event
+                    note_usage(self.notes, event)
+                    yield {**chunk(index, choice.closing(), _finish_reason(event)), "timings": timings(event)}
+                elif event.text or choice.n_logprobs is not None:
+                    yield chunk(index, choice.delta(event))
         if with_usage:
-            yield {"choices": [], **head, "usage": _usage(usage, self.requests)}
+            yield {"choices": [], **head, "usage": _usage(done, self.requests)}
         yield DONE
 
     def whole(self) -> dict[str, Any]:
         """What a request that is not streamed gets."""
-        choices = []
-        usage: list[Done] = []
-        with self.service.submit(self.requests) as streams:
-            for index, stream in enumerate(streams):
-                *tokens, done = events(stream, self.is_gone)
-                assert isinstance(done, Done)
-                self._note(done, usage)
-                text = "".join(token.text for token in tokens)
-                samples = [sample for token in tokens for sample in token.samples]
-                choice = self.form.whole(stream.request.prompt, text, samples)
-                choices.append({"finish_reason": _finish_reason(done), "index": index, **choice})
-        return {"choices": choices, **self.head, "object": self.form.kind, "usage": _usage(usage, self.requests)}
-
-    def _note(self, done: Done, usage: list[Done]) -> None:
-        usage.append(done)
-        note_usage(self.notes, done)
+        pieces: list[list[Token]] = [[] for _ in self.requests]
+        done: dict[int, Done] = {}
+        with self.service.submit(self.requests, self.system_prompt) as streams:
+            for index, event in events(streams, self.is_gone):
+                if isinstance(event, Done):
+                    done[index] = event
+                    note_usage(self.notes, event)
+                else:
+                    pieces[index].append(event)
+        told = []
+        for index, (choice, tokens) in enumerate(zip(self.choices, pieces)):
+            text = "".join(token.text for token in tokens)
+            samples = [sample for token in tokens for sample in token.samples]
+            told.append({"finish_reason": _finish_reason(done[index]), "index": index, **choice.whole(text, samples)})
+        return {"choices": told, **self.head, "object": self.choices[0].kind, "usage": _usage(done, self.requests)}
 
 
 def _finish_reason(done: Done) -> str:
     return "length" if done.reason == "limit" else "stop"
 
 
-def _usage(done: list[Done], requests: list[Request]) -> dict[str, Any]:
+def _usage(done: dict[int, Done], requests: list[Request]) -> dict[str, Any]:
     # Each prompt counts once, however many answers it gets.
-    prompts = {id(request.prompt): item for request, item in zip(reversed(requests), reversed(done))}.values()
-    n_prompt, n_completion = sum(item.n_prompt for item in prompts), sum(item.n_predicted for item in done)
+    prompts = {id(requests[index].prompt): done[index] for index in sorted(done, reverse=True)}.values()
+    n_prompt, n_completion = sum(item.n_prompt for item in prompts), sum(item.n_predicted for item in done.values())
     return {
         "completion_tokens": n_completion,
         "prompt_tokens": n_prompt,
@@ -227,18 +309,18 @@ def _usage(done: list[Done], requests: list[Request]) -> dict[str, Any]:
 
 
 class _Chat:
-    """Choices with messages."""
+    """A choice with a message."""
 
     id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None, stop: tuple[str, ...]) -> None:
-        self.tokenizer, self.n_logprobs, self.stop = tokenizer, n_logprobs, stop
+    def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None) -> None:
+        self.tokenizer, self.n_logprobs = tokenizer, n_logprobs
 
-    def whole(self, prompt: tuple[int, ...], text: str, samples: list[Sample]) -> dict[str, Any]:
+    def whole(self, text: str, samples: Sequence[Sample]) -> dict[str, Any]:
         return {"message": {"content": text, "role": "assistant"}, **self._logprobs(samples)}
 
-    def opening(self, prompt: tuple[int, ...]) -> list[dict[str, Any]]:
-        return [{"delta": {"role": "assistant"}}]
+    def opening(self) -> dict[str, Any]:
+        return {"delta": {"role": "assistant"}}
 
     def delta(self, event: Token) -> dict[str, Any]:
         return {"delta": {"content": event.text}, **self._logprobs(event.samples)}
@@ -261,22 +343,23 @@ class _Chat:
 
 
 class _Text:
-    """Choices with plain text."""
+    """A choice with plain text.
+
+    Args:
+        echoed: the prompt, to be repeated before the text; empty: not to be repeated.
+    """
 
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None, echo: bool) -> None:
-        self.tokenizer, self.n_logprobs, self.echo = tokenizer, n_logprobs, echo
-        self.stop: tuple[str, ...] = ()
+    def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None, echoed: str) -> None:
+        self.tokenizer, self.n_logprobs, self.echoed = tokenizer, n_logprobs, echoed
+        self._decoder, self._at = tokenizer.stream_decoder(), 0
 
-    def whole(self, prompt: tuple[int, ...], text: str, samples: list[Sample]) -> dict[str, Any]:
-        return {
-            "text": (self.tokenizer.decode(prompt) if self.echo else "") + text,
-            "logprobs": self._logprobs(samples),
-        }
+    def whole(self, text: str, samples: Sequence[Sample]) -> dict[str, Any]:
+        return {"text": self.echoed + text, "logprobs": self._logprobs(samples)}
 
-    def opening(self, prompt: tuple[int, ...]) -> list[dict[str, Any]]:
-        return [{"text": self.tokenizer.decode(prompt), "logprobs": None}] if self.echo else []
+    def opening(self) -> dict[str, Any] | None:
+        return {"text": self.echoed, "logprobs": None} if self.echoed else None
 
     def delta(self, event: Token) -> dict[str, Any]:
         return {"text": event.text, "logprobs": self._logprobs(event.samples)}
@@ -287,12 +370,10 @@ class _Text:
     def _logprobs(self, samples: Sequence[Sample]) -> dict[str, Any] | None:
         if self.n_logprobs is None:
             return None
-        texts = [printable(self.tokenizer, sample.token) for sample in samples]
-        starts = [0, *itertools.accumulate(len(text) for text in texts)]
         return {
-            "text_offset": starts[:-1],
+            "text_offset": [self._offset(sample.token) for sample in samples],
             "token_logprobs": [_finite(sample.logprob) for sample in samples],
-            "tokens": texts,
+            "tokens": [printable(self.tokenizer, sample.token) for sample in samples],
             "top_logprobs": [
                 {
                     printable(self.tokenizer, token): _finite(value)
@@ -302,8 +383,14 @@ class _Text:
             ],
         }
 
+    def _offset(self, token: int) -> int:
+        """Where the next token begins in the text; a token within a character, where that does."""
+        at = self._at
+        self._at += len(self._decoder.push(token))
+        return at
 
-_Form = _Chat | _Text
+
+_Choice = _Chat | _Text
 
 
 def _finite(logprob: float | None) -> float:

@@ -9,13 +9,17 @@ from pyllama.engine import Request
 from pyllama.sampling import RANDOM_SEED, SamplingParams
 from pyllama.server.errors import ApiError
 from pyllama.server.fields import Fields, as_integer, as_number, describe
-from pyllama.server.service import Service
+from pyllama.server.service import Service, SystemPrompt
 from pyllama.tokenizer import Tokenizer
 
-__all__ = ["generation_settings", "read_prompt", "read_request", "read_sampling"]
+__all__ = [
+    "MAX_PROMPTS", "generation_settings", "read_prompts", "read_request", "read_response_format", "read_system_prompt",
+]  # fmt: skip
 
 MAX_PROBS = 1000
 """Candidates that are reported with a token; they are kept until the answer is sent."""
+MAX_PROMPTS = 128
+"""Prompts of one request."""
 MAX_STOPS = 256
 """Strings that end a generation; all of them are looked for with every token."""
 
@@ -33,7 +37,7 @@ def read_request(fields: Fields, service: Service, prompt: tuple[int, ...], **sa
         raise ApiError(501, "image_data needs a model that sees images; this one does not")
     return Request(
         prompt=prompt,
-        sampling=read_sampling(fields, service, **sampling),
+        sampling=_read_sampling(fields, service, **sampling),
         n_predict=fields.integer("n_predict", service.defaults.n_predict, low=-1),
         n_keep=fields.integer("n_keep", 0, low=-1),
         stop=_read_stop(fields),
@@ -49,7 +53,7 @@ def _read_stop(fields: Fields) -> tuple[str, ...]:
     return stop
 
 
-def read_sampling(fields: Fields, service: Service, **replaced: Any) -> SamplingParams:
+def _read_sampling(fields: Fields, service: Service, **replaced: Any) -> SamplingParams:
     """How to sample. ``replaced`` has precedence over the fields."""
     values: dict[str, Any] = {name: fields.number(name) for name in _NUMBERS}
     values |= {name: fields.integer(name) for name in _INTEGERS}
@@ -64,6 +68,13 @@ def read_sampling(fields: Fields, service: Service, **replaced: Any) -> Sampling
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})
     except ValueError as error:
         raise ApiError(400, str(error)) from None
+
+
+def read_response_format(fields: Fields) -> str:
+    """OpenAI's ``response_format`` as a grammar; nothing where any text is right."""
+    if fields.object("response_format").string("type", "text") != "text":
+        raise ApiError(501, "response_format: only 'text' is possible")
+    return ""
 
 
 def _read_logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
@@ -101,24 +112,52 @@ def _read_penalty_prompt(fields: Fields, tokenizer: Tokenizer) -> tuple[int, ...
     return fields.tokens("penalty_prompt", tokenizer.n_vocab)
 
 
-def read_prompt(fields: Fields, service: Service, name: str = "prompt") -> tuple[int, ...]:
-    """A prompt that is a string, or an array of strings and tokens that follow one another.
+def read_prompts(
+    fields: Fields, service: Service, name: str = "prompt", *, system: tuple[int, ...] = (), most: int = MAX_PROMPTS
+) -> list[tuple[int, ...]]:
+    """One prompt or several, as tokens.
 
-    BOS comes first where the model wants one, unless the array begins with a token.
+    A string is a prompt, and so is an array of strings and tokens that follow one another. An array of several strings, or
+    one with arrays in it, is several prompts. BOS comes first where the model wants one and the prompt does not begin with a
+    token of its own.
+
+    Args:
+        system: stands before each.
+        most: how many prompts are possible.
     """
     value = fields.require(name)
     if not isinstance(value, (str, list)):
         fields.fail(name, f"must be a string or an array of strings and tokens, not {describe(value)}")
-    return join_prompt(fields, service, value if isinstance(value, list) else [value], name)
+    if not is_several(value):
+        return [_join(fields, service, value, name, system)]
+    if len(value) > most:
+        fields.fail(name, f"has {len(value)} elements; at most {most} are possible")
+    for i, item in enumerate(value):
+        if not isinstance(item, (str, list)):
+            fields.fail(f"{name}[{i}]", f"must be a string or an array of strings and tokens, not {describe(item)}")
+    return [_join(fields, service, item, f"{name}[{i}]", system) for i, item in enumerate(value)]
 
 
-def join_prompt(fields: Fields, service: Service, parts: list[Any], name: str) -> tuple[int, ...]:
-    """The tokens of a prompt's parts, called ``name``, after those of the system prompt."""
+def is_several(prompt: str | list[Any]) -> bool:
+    """Is it an array of prompts, rather than the parts of one?"""
+    if isinstance(prompt, str):
+        return False
+    return any(isinstance(part, list) for part in prompt) or (
+        len(prompt) > 1 and all(isinstance(part, str) for part in prompt)
+    )
+
+
+def _join(
+    fields: Fields, service: Service, prompt: str | list[Any], name: str, system: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The tokens of the parts of a prompt, called ``name``."""
     tokenizer = service.model.tokenizer
-    tokens = service.system_tokens()
-    for i, part in enumerate(parts):
+    tokens = list(system)
+    for i, part in enumerate([prompt] if isinstance(prompt, str) else prompt):
         if isinstance(part, str):
-            tokens += tokenizer.encode(part, add_special=i == 0 and not tokens)
+            begins = not tokens and i == 0
+            tokens += tokenizer.opening if begins else []
+            tokens += tokenizer.encode(part, space_prefix=begins)
         else:
             tokens.append(fields.token(f"{name}[{i}]", part, tokenizer.n_vocab))
     if not tokens:
@@ -128,6 +167,17 @@ def join_prompt(fields: Fields, service: Service, parts: list[Any], name: str) -
             fields.fail(name, "is empty")
         tokens.append(first)
     return tuple(tokens)
+
+
+def read_system_prompt(fields: Fields, service: Service) -> SystemPrompt | None:
+    """The system prompt that a request brings; None when it brings none."""
+    value = fields.get("system_prompt")
+    if value is None:
+        return None
+    try:
+        return SystemPrompt.read(value)
+    except ValueError as error:
+        raise ApiError(400, str(error)) from None
 
 
 def generation_settings(service: Service, request: Request, *, stream: bool) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 from pyllama.chat import CHATML, ChatTemplate, ChatTemplateError
 from pyllama.engine import Done, Engine, EngineClosed, Request, Stream, Token
@@ -25,7 +24,7 @@ __all__ = ["LOADING", "Defaults", "Service", "SystemPrompt", "events"]
 LOADING = "the model is being loaded"
 STOPPING = "the server is shutting down"
 _POLL_SECONDS = 0.05
-"""How often a silent stream looks whether its client is still there."""
+"""How often streams that are silent look whether their client is still there."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,23 @@ class SystemPrompt:
     prompt: str = ""
     anti_prompt: str = ""
     assistant_name: str = ""
+
+    @classmethod
+    def read(cls, value: object, name: str = "system_prompt") -> SystemPrompt:
+        """From JSON: the text alone, or an object with ``prompt`` and, if wanted, ``anti_prompt`` and ``assistant_name``.
+
+        Raises:
+            ValueError: it is neither; ``name`` is what the message calls it.
+        """
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be an object or a string")
+        members = {f.name: value[f.name] for f in fields(cls) if value.get(f.name) is not None}
+        for member, text in members.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{name}.{member} must be a string")
+        return cls(**members)
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,9 @@ class Service:
         self._engine: Engine | None = None
         self._chat_template: ChatTemplate | None = None
         self._no_chat = ""
+        self._encoded: tuple[str, tuple[int, ...]] = ("", ())  # the system prompt, and its tokens
         self._n_open = 0
+        self._system_lock = threading.Lock()
         self._lock = threading.Lock()
         self._streams: set[Stream] = set()
         self._stopping = False
@@ -88,7 +106,8 @@ class Service:
             if chat_template is not None:
                 raise
             self._no_chat = str(error)
-        engine.set_system_prompt(_encode_system_prompt(tokenizer, self.system_prompt))
+        self._encoded = self.system_prompt.prompt, _encode_system_prompt(tokenizer, self.system_prompt)
+        engine.set_system_prompt(self._encoded[1])
         self._engine = engine
 
     def stop(self) -> None:
@@ -122,34 +141,29 @@ class Service:
             raise ApiError(501, self._no_chat)
         return self._chat_template
 
-    def set_system_prompt(self, values: Mapping[str, Any]) -> None:
-        """Changes the text that stands before every prompt from now on.
-
-        Args:
-            values: the strings ``prompt`` and, if wanted, ``anti_prompt`` and ``assistant_name``.
-
-        Raises:
-            ValueError: one of them is no string, or the prompt leaves no room in the context.
-        """
-        names = ("prompt", "anti_prompt", "assistant_name")
-        strings = {name: values[name] for name in names if values.get(name) is not None}
-        for name, value in strings.items():
-            if not isinstance(value, str):
-                raise ValueError(f"system_prompt.{name} must be a string")
-        system_prompt = SystemPrompt(**strings)
-        if self._engine is not None and system_prompt.prompt != self.system_prompt.prompt:
-            self._engine.set_system_prompt(_encode_system_prompt(self._engine.model.tokenizer, system_prompt))
-        self.system_prompt = system_prompt
-
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def system_tokens(self) -> list[int]:
-        """What stands before every prompt; nothing without a system prompt."""
-        return _encode_system_prompt(self.model.tokenizer, self.system_prompt)
+    def system_tokens(self, system_prompt: SystemPrompt | None = None) -> tuple[int, ...]:
+        """What stands before every prompt under a system prompt; None for the current one."""
+        text, tokens = self._encoded
+        if system_prompt is None or system_prompt.prompt == text:
+            return tokens
+        return _encode_system_prompt(self.model.tokenizer, system_prompt)
+
+    def after_system_prompt(self, tokens: Sequence[int], system_prompt: SystemPrompt | None) -> tuple[int, ...]:
+        """A prompt that is complete in itself, BOS included, after a system prompt; None for the current one."""
+        system = self.system_tokens(system_prompt)
+        opening = self.model.tokenizer.opening
+        begin = len(opening) if system and list(tokens[: len(opening)]) == opening else 0
+        return (*system, *tokens[begin:])
 
     @contextlib.contextmanager
-    def submit(self, requests: Sequence[Request]) -> Iterator[list[Stream]]:
+    def submit(self, requests: Sequence[Request], system_prompt: SystemPrompt | None = None) -> Iterator[list[Stream]]:
         """Streams for some requests of one client; those that have not ended at the end of the ``with`` block are cancelled.
+
+        Args:
+            system_prompt: stands before every prompt from now on, those of these requests included. Requests that have come
+                before go on as they began.
 
         Raises:
             ApiError: 400 for what the engine refuses, 429 when too many requests wait already, 503 when the server stops.
@@ -158,8 +172,9 @@ class Service:
         streams: list[Stream] = []
         self._admit(engine.n_slots + self.defaults.queue)
         try:
-            for request in requests:
-                streams.append(self._submit(engine, request))
+            with _refusals(), self._system_prompt_of(system_prompt, engine):
+                for request in requests:
+                    streams.append(engine.submit(request))
             with self._lock:
                 self._streams.update(streams)
                 if self._stopping:
@@ -172,14 +187,25 @@ class Service:
                 self._streams.difference_update(streams)
                 self._n_open -= 1
 
-    @staticmethod
-    def _submit(engine: Engine, request: Request) -> Stream:
-        try:
-            return engine.submit(request)
-        except EngineClosed:
-            raise ApiError(503, STOPPING) from None
-        except ValueError as error:  # the request's own: GrammarError, an empty prompt, no such slot
-            raise ApiError(400, str(error)) from None
+    @contextlib.contextmanager
+    def _system_prompt_of(self, system_prompt: SystemPrompt | None, engine: Engine) -> Iterator[None]:
+        """Changes the system prompt, before the requests that bring it are submitted in the ``with`` block; unless they are
+        refused."""
+        if system_prompt is None:
+            yield
+            return
+        with self._system_lock:
+            before, tokens = self._encoded[1], self.system_tokens(system_prompt)
+            if tokens == before:
+                yield
+            else:
+                engine.set_system_prompt(tokens)
+                try:
+                    yield
+                except BaseException:
+                    engine.set_system_prompt(before)
+                    raise
+            self._encoded, self.system_prompt = (system_prompt.prompt, tokens), system_prompt
 
     def _admit(self, most: int) -> None:
         with self._lock:
@@ -188,28 +214,52 @@ class Service:
             self._n_open += 1
 
 
-def _encode_system_prompt(tokenizer: Tokenizer, system_prompt: SystemPrompt) -> list[int]:
-    return tokenizer.encode(system_prompt.prompt, add_special=True) if system_prompt.prompt else []
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what the engine refuses into ``ApiError``."""
+    try:
+        yield
+    except EngineClosed:
+        raise ApiError(503, STOPPING) from None
+    except ValueError as error:  # the request's own: GrammarError, an empty prompt, no such slot
+        raise ApiError(400, str(error)) from None
 
 
-def events(stream: Stream, is_gone: Callable[[], bool]) -> Iterator[Token | Done]:
-    """A stream's events up to :class:`Done`. When the client is gone the stream is cancelled.
+def _encode_system_prompt(tokenizer: Tokenizer, system_prompt: SystemPrompt) -> tuple[int, ...]:
+    text = system_prompt.prompt
+    return (*tokenizer.opening, *tokenizer.encode(text)) if text else ()
+
+
+def events(streams: Sequence[Stream], is_gone: Callable[[], bool]) -> Iterator[tuple[int, Token | Done]]:
+    """The events of one client's streams as they come, each with its stream's number, up to every one's :class:`Done`.
+    When the client is gone the streams are cancelled.
 
     Raises:
         ApiError: 500 when generation failed, 503 when the server stops.
     """
-    while True:
+    running = dict(enumerate(streams))
+    speaker = 0
+    while running:
         if is_gone():
-            stream.cancel()
-        try:
-            event = stream.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            continue
-        if isinstance(event, Done):
-            if event.reason == "error":
-                raise ApiError(500, event.error or "the generation failed")
-            if event.reason == "cancelled":
-                raise ApiError(503, STOPPING)
-            yield event
-            return
-        yield event
+            for stream in running.values():
+                stream.cancel()
+        # The one that was heard last is waited for: the others, whose tokens come of the same steps, have spoken by then.
+        awaited = speaker if speaker in running else min(running)
+        for index in sorted(running, key=lambda index: index != awaited):
+            try:
+                event = running[index].get(timeout=_POLL_SECONDS if index == awaited else 0)
+            except queue.Empty:
+                continue
+            speaker = index
+            if isinstance(event, Done):
+                _check(event)
+                del running[index]
+            yield index, event
+
+
+def _check(done: Done) -> None:
+    """Raises ``ApiError`` for an end that is no answer."""
+    if done.reason == "error":
+        raise ApiError(500, done.error or "the generation failed")
+    if done.reason == "cancelled":
+        raise ApiError(503, STOPPING)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -34,6 +34,7 @@ END_OF_TURN = (
     "<|end_of_text|>",
     "<EOT>",
     "_<EOT>",
+    "▁<EOT>",
     "[EOT]",
     "<｜end▁of▁sentence｜>",
     "<end_of_utterance>",
@@ -181,25 +182,51 @@ class Tokenizer(ABC):
 
     # ---- text to tokens ----
 
-    def encode(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+    @property
+    def opening(self) -> list[int]:
+        """What the model wants at the beginning of every prompt: BOS, or nothing."""
+        return [self.bos_id] if self.add_bos else []
+
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = True, space_prefix: bool = True
+    ) -> list[int]:
         """The tokens of a text.
 
         Args:
             text: any string; unpaired surrogates count as U+FFFD.
             add_special: put begin and end of sequence around the tokens if the model wants them.
             parse_special: read control tokens where their texts stand in ``text`` (user-defined ones always are).
+            space_prefix: put a space before the text if the model wants one; not so where ``text`` continues another.
 
         Raises:
             ValueError: the text is longer than 256 MB.
         """
-        tokens = [self.bos_id] if add_special and self.add_bos else []
+        tokens = self.opening if add_special else []
         if text:
-            tokens += self._encode(to_utf8(text), self._special_splitter if parse_special else self._plain_splitter)
+            splitter = self._special_splitter if parse_special else self._plain_splitter
+            tokens += self._encode(to_utf8(text), splitter, space_prefix=space_prefix)
         if add_special and self.add_eos:
             tokens.append(self.eos_id)
         return tokens
 
-    def _encode(self, data: bytes, splitter: ffi.CData) -> list[int]:
+    def infill(self, prefix: str | Sequence[int], suffix: str) -> list[int]:
+        """The prompt whose answer stands between two texts: prefix and suffix, each after its mark, and the mark of the middle
+        (Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle", there called PSM).
+
+        Raises:
+            ValueError: the vocabulary has no tokens for that; the message says which.
+        """
+        marks = {"fim_pre": self.fim_pre_id, "fim_suf": self.fim_suf_id, "fim_mid": self.fim_mid_id}
+        if missing := [f"tokenizer.ggml.{name}_token_id" for name, token in marks.items() if token is None]:
+            raise ValueError(
+                f"the model cannot fill in the middle of a text: its vocabulary has no {', '.join(missing)}"
+                " and no token with one of the usual texts for that"
+            )
+        before = self.encode(prefix, parse_special=False) if isinstance(prefix, str) else prefix
+        after = self.encode(suffix, parse_special=False, space_prefix=False)
+        return [*self.opening, marks["fim_pre"], *before, marks["fim_suf"], *after, marks["fim_mid"]]
+
+    def _encode(self, data: bytes, splitter: ffi.CData, *, space_prefix: bool = True) -> list[int]:
         sizes, tokens = np.empty(len(data), np.int32), np.empty(len(data), np.int32)
         with blame("text"):
             n = call(lib.pl_split, splitter, data, len(data), pointer(sizes), pointer(tokens))
@@ -213,7 +240,7 @@ class Tokenizer(ABC):
                 pointer(sizes),
                 pointer(tokens),
                 len(sizes),
-                self.add_space_prefix,
+                self.add_space_prefix and space_prefix,
                 pointer(out),
                 len(out),
             )
@@ -247,15 +274,19 @@ class Tokenizer(ABC):
         """
         return self._decoded, np.asarray(self._decoded_starts)
 
-    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """The text of tokens, with U+FFFD for what is not UTF-8. The space that ``encode`` put first is taken away again.
+    def decode(self, tokens: Iterable[int], *, special: bool = False, space_prefix: bool = True) -> str:
+        """The text of tokens, with U+FFFD for what is not UTF-8.
+
+        Args:
+            special: spell control tokens out.
+            space_prefix: take the space away that ``encode`` put first.
 
         Raises:
             ValueError: one of them is not in the vocabulary.
         """
         tokens = list(tokens)
         pieces = [self.token_bytes(token, special=special) for token in tokens]
-        if self.add_space_prefix:
+        if self.add_space_prefix and space_prefix:
             first = next((i for i, token in enumerate(tokens) if not self._is_control(token)), None)
             if first is not None and self._types[tokens[first]] != lib.PL_TOKEN_USER_DEFINED:
                 pieces[first] = pieces[first].removeprefix(b" ")
