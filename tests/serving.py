@@ -1,4 +1,4 @@
-"""A server process for tests, and requests to it."""
+"""Servers for tests, as processes or within the tests' own, and requests to them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,75 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pyllama.server import flags as server_flags
+from pyllama.server.main import Program
+
 ROOT = Path(__file__).parents[1]
 
 
-class ServerProcess:
+class _Requests:
+    """Requests to a server on a port of this machine."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def send(
+        self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+    ) -> http.client.HTTPResponse:
+        """Sends a request (bytes as they are, anything else as JSON); the response, whose body is still to be read."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, data, headers or {})
+        response = connection.getresponse()
+        response.connection = connection  # lives as long as the response
+        return response
+
+    @contextlib.contextmanager
+    def _response(self, *request: Any) -> Iterator[http.client.HTTPResponse]:
+        """The response to a request, on a connection that is closed afterwards."""
+        response = self.send(*request)
+        try:
+            yield response
+        finally:
+            response.close()
+            response.connection.close()
+
+    def json(self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None) -> Any:
+        """Status and decoded body."""
+        with self._response(method, path, body, headers) as response:
+            assert response.headers["Content-Type"] == "application/json; charset=utf-8"
+            return response.status, json.loads(response.read())
+
+    def post(self, path: str, **fields: Any) -> Any:
+        """The answer to a request that succeeds."""
+        status, answer = self.json("POST", path, fields)
+        assert status == 200, answer
+        return answer
+
+    def refused(self, path: str, body: object, code: int = 400) -> str:
+        """The message of the error that answers a request."""
+        status, answer = self.json("POST", path, body)
+        assert (status, answer["error"]["code"]) == (code, code), answer
+        assert answer["error"]["type"]
+        return answer["error"]["message"]
+
+    def stream(self, path: str, **fields: Any) -> Iterator[Any]:
+        """The events of a stream as they come; ``[DONE]`` as it is."""
+        with self._response("POST", path, {**fields, "stream": True}) as response:
+            assert response.status == 200, response.read()
+            assert response.headers["Content-Type"] == "text/event-stream"
+            yield from read_events(response)
+
+    def is_idle(self) -> bool:
+        """No slot is taken and no request waits."""
+        health = self.json("GET", "/health")[1]
+        return health["slots_processing"] == health["requests_waiting"] == 0
+
+
+class ServerProcess(_Requests):
     """``server.py`` with some flags, on a port of its own; it ends with the ``with`` block.
 
     Args:
@@ -36,7 +101,6 @@ class ServerProcess:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read_log, daemon=True).start()
         self.port = int(self.wait_for_log(r"listening on http://127\.0\.0\.1:(\d+)")[1])
-        self.url = f"http://127.0.0.1:{self.port}"
         if wait:
             self.wait_for_log("is ready")
 
@@ -70,49 +134,28 @@ class ServerProcess:
             self._lines.put(line)
         self._lines.put(None)
 
-    # -- requests -----------------------------------------------------------------------------------------------------
 
-    def send(
-        self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
-    ) -> http.client.HTTPResponse:
-        """Sends a request (bytes as they are, anything else as JSON); the response, whose body is still to be read."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, data, headers or {})
-        response = connection.getresponse()
-        response.connection = connection  # lives as long as the response
-        return response
+class ServerThread(_Requests):
+    """A server within this process, whose books can be looked at; it ends with the ``with`` block.
 
-    def json(self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None) -> Any:
-        """Status and decoded body."""
-        with contextlib.closing(self.send(method, path, body, headers)) as response:
-            assert response.headers["Content-Type"] == "application/json; charset=utf-8"
-            return response.status, json.loads(response.read())
+    Args:
+        flags: of the command line.
+    """
 
-    def post(self, path: str, **fields: Any) -> Any:
-        """The answer to a request that succeeds."""
-        status, answer = self.json("POST", path, fields)
-        assert status == 200, answer
-        return answer
+    def __init__(self, *flags: str | Path) -> None:
+        self.program = Program(server_flags.parse(["--port", "0", *map(str, flags)], {}))
+        ((_, self.port),) = self.program.server.addresses
+        self._thread = threading.Thread(target=self.program.run, name="server")
+        self._thread.start()
+        wait_until(lambda: self.program.service.is_ready)
 
-    def refused(self, path: str, body: object, code: int = 400) -> str:
-        """The message of the error that answers a request."""
-        status, answer = self.json("POST", path, body)
-        assert (status, answer["error"]["code"]) == (code, code), answer
-        assert answer["error"]["type"]
-        return answer["error"]["message"]
+    def __enter__(self) -> ServerThread:
+        return self
 
-    def stream(self, path: str, **fields: Any) -> Iterator[Any]:
-        """The events of a stream as they come; ``[DONE]`` as it is."""
-        with contextlib.closing(self.send("POST", path, {**fields, "stream": True})) as response:
-            assert response.status == 200, response.read()
-            assert response.headers["Content-Type"] == "text/event-stream"
-            yield from read_events(response)
-
-    def is_idle(self) -> bool:
-        """No slot is taken and no request waits."""
-        health = self.json("GET", "/health")[1]
-        return health["slots_processing"] == health["requests_waiting"] == 0
+    def __exit__(self, *_: object) -> None:
+        self.program.stop()
+        self._thread.join(timeout=30)
+        assert not self._thread.is_alive()
 
 
 def read_events(response: http.client.HTTPResponse) -> Iterator[Any]:

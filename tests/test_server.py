@@ -491,7 +491,7 @@ def test_errors_as_the_client_sees_them(client):
         ("/completion", {"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias[0] must begin with a token"),
         ("/completion", {"prompt": "x", "grammar": 1}, "grammar must be a string"),
         ("/completion", {"prompt": "x", "grammar": "root ::= nothing"}, "grammar, line 1"),
-        ("/completion", {"prompt": "x", "slot_id": 99}, "slot 99 does not exist"),
+        ("/completion", {"prompt": "x", "slot_id": 99}, "slot_id must be between -1 and 2, not 99"),
         ("/completion", {"prompt": "x", "cache_prompt": "x"}, "cache_prompt must be"),
         ("/completion", {"prompt": "x", "system_prompt": 5}, "system_prompt must be an object or a string"),
         ("/completion", {"prompt": "x", "system_prompt": {"prompt": 1}}, "system_prompt.prompt must be a string"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.utilities import BadRequest
 
 from pyllama import __version__
 from pyllama.server.errors import JSON, error_body
@@ -29,7 +31,7 @@ MAX_BODY = 16 << 20
 """Bytes of a request's body."""
 MAX_HEADER = 64 << 10
 MAX_CONNECTIONS = 500
-"""Beyond these, the ones that have been silent for longest make room. Well below the usual limit of 1024 open files."""
+"""Beyond these, the ones that have been waited for longest make room. Well below the usual limit of 1024 open files."""
 MAX_UNREAD = 1 << 20
 """Bytes of a stream that wait for a slow reader before the stream itself has to wait."""
 LINGER_SECONDS = 5.0
@@ -67,8 +69,8 @@ class _Recorded:
             channel.server.on_request(
                 RequestRecord(
                     client=channel.addr[0],
-                    method=getattr(request, "command", None) or "-",
-                    path=getattr(request, "path", None) or "-",
+                    method=request.command,
+                    path=request.path,
                     status=int(self.status.split(" ", 1)[0]),
                     n_bytes=self.content_bytes_written,
                     seconds=time.time() - self.start_time,
@@ -100,11 +102,22 @@ class _RefusedTask(_Recorded, ErrorTask):
 
 
 class _Parser(HTTPRequestParser):
+    command = path = "-"  # for requests that never tell them
+
     def received(self, data: bytes) -> int:
         n = super().received(data)
+        if self.chunked and len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > MAX_HEADER:
+            self.error = BadRequest("what stands between the chunks is too long")
+            self.completed = True
         if self.error:
             self.expect_continue = False  # nobody wants the rest
         return n
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # a length of thousands of digits, an address that is none
+            raise ParsingError(str(error)) from None
 
 
 class _Channel(HTTPChannel):
@@ -116,12 +129,19 @@ class _Channel(HTTPChannel):
     lingers = False
     """Shall what still arrives be dropped for a while before the connection is closed?"""
     lingering_until: float | None = None
+    arriving: _Parser | None = None
+    """A request of which a part is still to come,"""
+    arriving_since: float = 0.0
+    """and when its first bytes came."""
 
     def readable(self) -> bool:
         return self.lingering_until is not None or super().readable()
 
     def received(self, data: bytes) -> bool:
-        return self.lingering_until is None and super().received(data)
+        accepted = self.lingering_until is None and super().received(data)
+        if self.request is not self.arriving:
+            self.arriving, self.arriving_since = self.request, self.last_activity
+        return accepted
 
     def handle_write(self) -> None:
         if not (self.lingers and self.close_when_flushed):
@@ -144,9 +164,25 @@ class _Channel(HTTPChannel):
         unread = self.total_outbufs_len and self.last_activity < cutoff
         return bool(unread) or (self.lingering_until is not None and self.lingering_until < now)
 
-    def is_silent(self, now: float) -> bool:
-        """Is nothing being answered, and has nothing been heard for a second?"""
-        return not self.requests and not self.total_outbufs_len and self.last_activity < now - 1
+    @property
+    def waited_for_since(self) -> float:
+        """Since when the client has owed a request, or the rest of one: single bytes now and then do not count."""
+        return self.last_activity if self.arriving is None else self.arriving_since
+
+    def is_waited_for(self, now: float) -> bool:
+        """Is nothing being answered, and has the client owed something for a second?"""
+        return not self.requests and not self.total_outbufs_len and self.waited_for_since < now - 1
+
+    def is_left(self) -> bool:
+        """Has the client closed a connection on which it has sent more than is read ahead? Where the system can tell."""
+        if len(self.requests) <= self.adj.channel_request_lookahead or self.total_outbufs_len or not _CLOSED:
+            return False
+        poll = select.poll()
+        poll.register(self.socket, _CLOSED)
+        return bool(poll.poll(0))
+
+
+_CLOSED = getattr(select, "POLLRDHUP", 0)
 
 
 class _Listener(TcpWSGIServer):
@@ -156,15 +192,17 @@ class _Listener(TcpWSGIServer):
     on_request: Callable[[RequestRecord], None]
 
     def close_overdue(self, now: float) -> None:
-        """Closes connections that are overdue, and silent ones where there are too many.
+        """Closes connections that are overdue or left, and where there are too many those that are waited for.
 
         Not to be called from within the loop: it would take a new connection for the closed one whose number it got.
         """
         channels = list(self.active_channels.values())
-        closing = [channel for channel in channels if channel.is_overdue(now, now - self.adj.channel_timeout)]
+        cutoff = now - self.adj.channel_timeout
+        closing = [channel for channel in channels if channel.is_overdue(now, cutoff) or channel.is_left()]
         if self.in_connection_overflow:
-            silent = sorted((c for c in channels if c.is_silent(now)), key=lambda channel: channel.last_activity)
-            closing += silent[: len(channels) // 4 + 1]
+            waited_for = [channel for channel in channels if channel.is_waited_for(now)]
+            waited_for.sort(key=lambda channel: channel.waited_for_since)
+            closing += waited_for[: len(channels) // 4 + 1]
         for channel in closing:
             channel.handle_close()
 

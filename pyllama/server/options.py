@@ -42,7 +42,7 @@ def read_request(fields: Fields, service: Service, prompt: tuple[int, ...], **sa
         n_keep=fields.integer("n_keep", 0, low=-1),
         stop=_read_stop(fields),
         cache_prompt=fields.boolean("cache_prompt", True),
-        slot_id=fields.integer("slot_id", -1, low=-1),
+        slot_id=fields.integer("slot_id", -1, low=-1, high=service.engine.n_slots - 1),
     )
 
 

@@ -21,7 +21,8 @@ def json_fields(service: Service) -> Fields:
         ApiError: 503 without a model, 400 for what is no JSON object.
     """
     service.engine  # noqa: B018 - refuses while there is no model
-    return parse_json(request.body.read())
+    # Not Bottle's request.body, a copy that would live as long as its thread has no other request.
+    return parse_json(request.environ["wsgi.input"].read())
 
 
 def client_is_gone() -> Callable[[], bool]:
