@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cffi
 
-__all__ = ["BLOCK_TOKENS", "CoreError", "ThreadPool", "call", "cpu_name", "create", "ffi", "lib"]
+__all__ = [
+    "BLOCK_TOKENS", "CoreError", "ThreadPool", "call", "cpu_name", "create", "ffi", "interleave_memory", "lib", "memory_nodes",
+]  # fmt: skip
 
 
 class CoreError(RuntimeError):
@@ -89,6 +92,26 @@ def create(function: Any, free: Any, *args: Any) -> Any:
 def cpu_name() -> str:
     """Name of the kernel set that the core chose for this processor: ``scalar``, ``avx2``, ``avx512``, ``neon``."""
     return ffi.string(lib.pl_cpu_name()).decode()
+
+
+def memory_nodes() -> list[int]:
+    """The machine's memory nodes (NUMA) by number; one where the system does not say."""
+    try:
+        text = Path("/sys/devices/system/node/online").read_text()
+    except OSError:
+        return [0]
+    ranges = [part.split("-") for part in text.strip().split(",")]
+    return [node for ends in ranges for node in range(int(ends[0]), int(ends[-1]) + 1)]
+
+
+def interleave_memory(nodes: Sequence[int]) -> None:
+    """Spreads what this thread, and threads that it starts from now on, allocate evenly over memory nodes, so that each
+    thread has its share of near and far memory, and all memory channels work.
+
+    Raises:
+        CoreError: the system does not permit it.
+    """
+    call(lib.pl_interleave_memory, list(nodes), len(nodes))
 
 
 class ThreadPool:

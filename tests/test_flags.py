@@ -18,8 +18,8 @@ def test_documented_defaults():
     s = settings()
     assert (s.ctx_size, s.batch_size, s.n_predict, s.parallel, s.timeout) == (512, 512, -1, 1, 600)
     assert (s.host, s.port, s.seed) == ("127.0.0.1", 8080, -1)
-    assert not any((s.cont_batching, s.embedding, s.mlock, s.no_mmap, s.memory_f32, s.numa, s.verbose))
-    assert s.model is s.alias is s.path is s.api_key is s.threads is s.threads_batch is s.system_prompt_file is None
+    assert not any((s.cont_batching, s.embedding, s.mlock, s.no_mmap, s.memory_f32, s.numa, s.verbose, s.api_key))
+    assert s.model is s.alias is s.path is s.threads is s.threads_batch is s.system_prompt_file is s.rope_scaling is None
     assert s.without_effect == []
 
 
@@ -38,12 +38,35 @@ def test_long_forms(tmp_path):
     )
     assert (s.model, s.ctx_size, s.n_predict, s.timeout, s.host, s.port) == (Path("a.gguf"), 0, -1, 9.5, "::1", 0)
     assert all((s.embedding, s.mlock, s.no_mmap, s.memory_f32, s.cont_batching))
-    assert (s.api_key, s.log_format, s.queue, s.chat_template, s.path) == ("k", "json", 0, "x", tmp_path)
+    assert (s.api_key, s.log_format, s.queue, s.chat_template, s.path) == (("k",), "json", 0, "x", tmp_path)
+
+
+def test_rotary_positions():
+    s = settings(
+        "--rope-scaling yarn --rope-freq-base 1e6 --rope-freq-scale 0.25 --yarn-orig-ctx 2048 --yarn-ext-factor 0.5"
+        " --yarn-attn-factor 1.5 --yarn-beta-slow 2 --yarn-beta-fast 16"
+    )
+    assert (s.rope_scaling, s.rope_freq_base, s.rope_freq_scale, s.yarn_orig_ctx) == ("yarn", 1e6, 0.25, 2048)
+    assert (s.yarn_ext_factor, s.yarn_attn_factor, s.yarn_beta_slow, s.yarn_beta_fast) == (0.5, 1.5, 2, 16)
+    # llama.cpp's ways to say "as the model says"
+    s = settings("--rope-freq-base 0 --rope-freq-scale 0 --yarn-orig-ctx 0 --yarn-ext-factor -1")
+    assert s.rope_freq_base is s.rope_freq_scale is s.yarn_orig_ctx is s.yarn_ext_factor is None
+    assert settings("--yarn-ext-factor 0").yarn_ext_factor == 0
+
+
+def test_keys(tmp_path):
+    assert settings("--api-key a,b,").api_key == ("a", "b")
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    assert settings(f"--api-key-file {tmp_path / 'keys'}").api_key_file == ("one", "two")
+
+
+def test_numa_takes_a_value_or_none():
+    assert settings("--numa --mlock").numa == settings("--numa distribute").numa == "distribute"
 
 
 def test_flags_without_a_part_to_act_on_say_so():
-    lines = settings("-ngl 99 -mg 0 -ts 3,1 --numa --lora a --lora-base b --mmproj c").without_effect
-    names = ["--n-gpu-layers", "--main-gpu", "--tensor-split", "--numa", "--lora", "--lora-base", "--mmproj"]
+    lines = settings("-ngl 99 -mg 0 -ts 3,1 --lora a --lora-base b --mmproj c").without_effect
+    names = ["--n-gpu-layers", "--main-gpu", "--tensor-split", "--lora", "--lora-base", "--mmproj"]
     assert [line.split()[0] for line in lines] == names
     assert all("has no effect" in line and "\n" not in line for line in lines)
 
@@ -57,7 +80,7 @@ def test_environment_variables_stand_in():
     }
     s = settings("-np 3", LLAMA_ARG_N_PARALLEL="5", LLAMA_API_KEY="secret", **environ)
     assert (s.ctx_size, s.cont_batching, s.mlock, s.port) == (2048, True, False, 8080)
-    assert (s.parallel, s.api_key) == (3, "secret")
+    assert (s.parallel, s.api_key) == (3, ("secret",))
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.field)
@@ -65,8 +88,11 @@ def test_every_flag_has_its_variable_and_its_field(flag, tmp_path):
     text = {bool: "true", str: "x"}.get(flag.type, "5")
     if flag.field == "path":
         text = str(tmp_path)
-    if flag.field == "log_format":
-        text = "json"
+    special = {"log_format": "json", "numa": "distribute", "rope_scaling": "yarn"}
+    text = special.get(flag.field, text)
+    if flag.field == "api_key_file":
+        (tmp_path / "keys").write_text("key")
+        text = str(tmp_path / "keys")
     assert getattr(settings(**{flag.env: text}), flag.field) not in (flag.default, None)
 
 
@@ -85,7 +111,15 @@ def test_no_name_is_taken_twice():
         ("-to soon", {}, "--timeout"),
         ("--port 65536", {}, "--port"),
         ("--path /no/such/folder", {}, "is not a directory"),
-        ("--log-format xml", {}, "neither text nor json"),
+        ("--log-format xml", {}, "'xml' is not possible, but text or json"),
+        ("--rope-scaling long", {}, "'long' is not possible, but none or linear or yarn"),
+        ("--rope-freq-base -1", {}, "--rope-freq-base: -1 is not a number from 0 on"),
+        ("--rope-freq-scale nan", {}, "--rope-freq-scale: nan is not a number"),
+        ("--yarn-beta-fast x", {}, "--yarn-beta-fast: 'x' is not a number"),
+        ("--yarn-orig-ctx -5", {}, "--yarn-orig-ctx"),
+        ("--numa isolate", {}, "--numa: 'isolate' is not possible, but distribute"),
+        ("--api-key-file /no/such/file", {}, "cannot be read"),
+        ("--api-key-file /dev/null", {}, "has no keys in it"),
         ("--no-such-flag", {}, "--no-such-flag"),
         ("--ctx 4", {}, "--ctx"),
         ("model.gguf", {}, "model.gguf"),

@@ -570,12 +570,14 @@ def test_paths_and_methods(tiny):
 
 
 def test_the_key(tiny_path):
-    with ServerProcess("-m", tiny_path, "--api-key", "sésame") as server:
+    with ServerProcess("-m", tiny_path, "--api-key", "other,sésame") as server:
         key = "Bearer sésame".encode().decode("latin-1")
-        for header in ({}, {"Authorization": "Bearer x"}, {"Authorization": "sesame"}, {"Authorization": "Bearer"}):
+        for header in ({}, {"Authorization": "Bearer x"}, {"Authorization": "sesame"}, {"Authorization": "Bearer"},
+                       {"Authorization": "Bearer other,sesame"}, {"Authorization": "Basic other"}):  # fmt: skip
             status, answer = server.json("POST", "/tokenize", {"content": "x"}, header)
             assert (status, answer["error"]["code"]) == (401, 401)
-        assert server.json("POST", "/tokenize", {"content": "x"}, {"Authorization": key})[0] == 200
+        for right in (key, "bearer other"):
+            assert server.json("POST", "/tokenize", {"content": "x"}, {"Authorization": right})[0] == 200
         assert server.json("GET", "/health")[0] == 200
         assert server.send("OPTIONS", "/tokenize").status == 200
 

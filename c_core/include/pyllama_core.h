@@ -32,6 +32,9 @@ typedef struct pl_error {
  * (a set that this processor cannot run is refused and the best one is used). */
 const char *pl_cpu_name(void);
 
+/* Spreads the pages that this thread, and threads that it starts from now on, touch first evenly over memory nodes. */
+int32_t pl_interleave_memory(const int32_t *nodes, int32_t n_nodes, pl_error *err);
+
 /* ---- threads ------------------------------------------------------------------------------------------------------ */
 
 typedef struct pl_pool pl_pool;

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +19,7 @@ from pyllama.core import BLOCK_TOKENS, CoreError, ThreadPool, call, create, ffi,
 from pyllama.gguf import GGUFFile
 from pyllama.graph import Graph
 from pyllama.models import gemma3, llama
-from pyllama.models.hparams import Hparams, ModelError
+from pyllama.models.hparams import Hparams, ModelError, RopeOptions
 from pyllama.models.weights import Weights
 
 __all__ = ["ARCHITECTURES", "Model", "SequenceInput", "load"]
@@ -165,6 +165,7 @@ def load(
     kv_type: str = "f16",
     mmap: bool = True,
     mlock: bool = False,
+    rope: RopeOptions | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Model:
     """Loads a GGUF file.
@@ -178,6 +179,7 @@ def load(
         kv_type: ``f16`` or ``f32``.
         mmap: map the file instead of reading it.
         mlock: keep the weights in memory.
+        rope: how to scale rotary positions, instead of what the file says.
         progress: called with the fraction done.
 
     Raises:
@@ -200,6 +202,8 @@ def load(
         if architecture is None:
             raise ModelError(f"architecture {name!r} is not one that pyllama runs ({', '.join(sorted(ARCHITECTURES))})")
         hp = architecture.read_hparams(gguf)
+        if rope is not None:
+            hp = replace(hp, rope=hp.rope.replaced(rope))
         try:
             weights = Weights(gguf, pool, progress)
             model = Model(

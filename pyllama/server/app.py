@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import mimetypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def create_app(service: Service, static: Path | None = None) -> Callable[..., It
     def prepare() -> None:
         response.content_type = JSON
         if request.method == "POST":
-            _check_key(service.defaults.api_key)
+            _check_key(service.defaults.api_keys)
 
     @app.get("/health")
     def health() -> bytes:
@@ -99,10 +99,15 @@ def _methods_by_path(app: Bottle) -> dict[str, list[str]]:
     return methods
 
 
-def _check_key(key: str) -> None:
-    """Refuses a request that does not bring the key, if there is one."""
+def _check_key(keys: Sequence[str]) -> None:
+    """Refuses a request that brings none of the keys, if there are any."""
+    if not keys:
+        return
     scheme, _, given = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-    if key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), key.encode())):
+    key = given.strip().encode("latin-1")
+    # All are compared, each in constant time: how long it takes tells nothing.
+    matches = [hmac.compare_digest(key, known.encode()) for known in keys]
+    if scheme.lower() != "bearer" or not any(matches):
         raise ApiError(
             401, "this server wants the header 'Authorization: Bearer KEY' with its key", WWW_Authenticate="Bearer"
         )

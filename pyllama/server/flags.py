@@ -32,6 +32,16 @@ class Settings:
     memory_f32: bool
     mlock: bool
     no_mmap: bool
+    numa: str | None
+    rope_scaling: str | None
+    """This and the next ones: None for what the model's file says."""
+    rope_freq_base: float | None
+    rope_freq_scale: float | None
+    yarn_ext_factor: float | None
+    yarn_attn_factor: float | None
+    yarn_beta_fast: float | None
+    yarn_beta_slow: float | None
+    yarn_orig_ctx: int | None
     seed: int
     parallel: int
     cont_batching: bool
@@ -42,7 +52,8 @@ class Settings:
     host: str
     port: int
     path: Path | None
-    api_key: str | None
+    api_key: tuple[str, ...]
+    api_key_file: tuple[str, ...]
     queue: int
     """Requests that may wait for a slot."""
     log_format: str
@@ -50,7 +61,6 @@ class Settings:
     n_gpu_layers: int | None
     main_gpu: int | None
     tensor_split: str | None
-    numa: bool
     lora: Path | None
     lora_base: Path | None
     mmproj: Path | None
@@ -78,6 +88,8 @@ class Flag:
     type: Callable[[str], Any] = str
     """``bool``: a switch, which takes no value."""
     metavar: str = "N"
+    without_value: Any = None
+    """What the flag means when no value follows; None: one has to."""
     missing: str = ""
     """Why the flag has no effect."""
 
@@ -117,10 +129,49 @@ def _directory(text: str) -> Path:
     return path
 
 
-def _log_format(text: str) -> str:
-    if text not in ("text", "json"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
-    return text
+def _choice(*choices: str) -> Callable[[str], str]:
+    def choice(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not possible, but {' or '.join(choices)}")
+        return text
+
+    return choice
+
+
+def _number(low: float, default: float) -> Callable[[str], float | None]:
+    """A number from ``low`` on; ``default`` stands for what holds without the flag."""
+
+    def number(text: str) -> float | None:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if value == default:
+            return None
+        if not low <= value <= 1e30:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} on")
+        return value
+
+    return number
+
+
+def _tokens_or_none(text: str) -> int | None:
+    return _integer(0)(text) or None
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    return tuple(key for key in (part.strip() for part in text.split(",")) if key)
+
+
+def _key_file(text: str) -> tuple[str, ...]:
+    try:
+        lines = Path(text).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise argparse.ArgumentTypeError(f"{text!r} has no keys in it")
+    return keys
 
 
 _NO_GPU = "pyllama was built without a GPU back end"
@@ -155,6 +206,72 @@ FLAGS = (
     Flag(("--memory-f32",), "LLAMA_ARG_MEMORY_F32", "keys and values in 32 bits instead of 16", False, bool),
     Flag(("--mlock",), "LLAMA_ARG_MLOCK", "keep the model from being swapped out", False, bool),
     Flag(("--no-mmap",), "LLAMA_ARG_NO_MMAP", "read the model instead of mapping it", False, bool),
+    Flag(
+        ("--numa",),
+        "LLAMA_ARG_NUMA",
+        "spread memory evenly over the nodes of a NUMA machine",
+        None,
+        _choice("distribute"),
+        "distribute",
+        without_value="distribute",
+    ),
+    Flag(
+        ("--rope-scaling",),
+        "LLAMA_ARG_ROPE_SCALING_TYPE",
+        "how rotary positions are stretched: none, linear or yarn (default: as the model's file says)",
+        None,
+        _choice("none", "linear", "yarn"),
+        "KIND",
+    ),
+    Flag(
+        ("--rope-freq-base",),
+        "LLAMA_ARG_ROPE_FREQ_BASE",
+        "base of rotary positions (default: the file's)",
+        None,
+        _number(0, 0),
+    ),
+    Flag(
+        ("--rope-freq-scale",),
+        "LLAMA_ARG_ROPE_FREQ_SCALE",
+        "factor on rotary frequencies: 1/N stretches the context N times (default: the file's)",
+        None,
+        _number(0, 0),
+    ),
+    Flag(
+        ("--yarn-orig-ctx",),
+        "LLAMA_ARG_YARN_ORIG_CTX",
+        "YaRN: tokens of context before stretching (default: the file's)",
+        None,
+        _tokens_or_none,
+    ),
+    Flag(
+        ("--yarn-ext-factor",),
+        "LLAMA_ARG_YARN_EXT_FACTOR",
+        "YaRN: its share beside linear scaling, 0 to 1 (default: 1 with YaRN)",
+        None,
+        _number(0, -1),
+    ),
+    Flag(
+        ("--yarn-attn-factor",),
+        "LLAMA_ARG_YARN_ATTN_FACTOR",
+        "YaRN: factor on magnitudes (default: 1)",
+        None,
+        _number(0, -1),
+    ),
+    Flag(
+        ("--yarn-beta-slow",),
+        "LLAMA_ARG_YARN_BETA_SLOW",
+        "YaRN: turns below which columns are scaled linearly (default: 1)",
+        None,
+        _number(0, -1),
+    ),
+    Flag(
+        ("--yarn-beta-fast",),
+        "LLAMA_ARG_YARN_BETA_FAST",
+        "YaRN: turns above which columns are left alone (default: 32)",
+        None,
+        _number(0, -1),
+    ),
     Flag(("-s", "--seed"), "LLAMA_ARG_SEED", "for requests that give none; -1: random", -1, _integer(-1, 2**32 - 1)),
     Flag(("-np", "--parallel"), "LLAMA_ARG_N_PARALLEL", "slots: requests answered at once", 1, _integer(1, 256)),
     Flag(
@@ -164,7 +281,7 @@ FLAGS = (
         False,
         bool,
     ),
-    Flag(("--embedding",), "LLAMA_ARG_EMBEDDINGS", "enable the embedding endpoints", False, bool),
+    Flag(("--embeddings", "--embedding"), "LLAMA_ARG_EMBEDDINGS", "enable the embedding endpoints", False, bool),
     Flag(
         ("-spf", "--system-prompt-file"),
         "LLAMA_ARG_SYSTEM_PROMPT_FILE",
@@ -192,7 +309,15 @@ FLAGS = (
         _directory,
         "DIR",
     ),
-    Flag(("--api-key",), "LLAMA_API_KEY", "key that POST requests must bring", None, str, "KEY"),
+    Flag(
+        ("--api-key",),
+        "LLAMA_API_KEY",
+        "key that POST requests must bring, or several with commas between",
+        (),
+        _keys,
+        "KEY",
+    ),
+    Flag(("--api-key-file",), "LLAMA_API_KEY_FILE", "file with more keys, one on a line", (), _key_file, "FNAME"),
     Flag(
         ("--queue",),
         "LLAMA_ARG_QUEUE",
@@ -200,7 +325,7 @@ FLAGS = (
         64,
         _integer(0, 1024),
     ),
-    Flag(("--log-format",), "LLAMA_ARG_LOG_FORMAT", "text or json", "text", _log_format, "FORMAT"),
+    Flag(("--log-format",), "LLAMA_ARG_LOG_FORMAT", "text or json", "text", _choice("text", "json"), "FORMAT"),
     Flag(("-v", "--verbose"), "LLAMA_ARG_VERBOSE", "log more", False, bool),
     Flag(
         ("-ngl", "--n-gpu-layers"), "LLAMA_ARG_N_GPU_LAYERS", "layers on the GPU", None, _integer(-1), missing=_NO_GPU
@@ -214,14 +339,6 @@ FLAGS = (
         str,
         "SPLIT",
         missing=_NO_GPU,
-    ),
-    Flag(
-        ("--numa",),
-        "LLAMA_ARG_NUMA",
-        "place memory for NUMA machines",
-        False,
-        bool,
-        missing="placement is not built yet",
     ),
     Flag(("--lora",), "LLAMA_ARG_LORA", "LoRA adapter", None, Path, "FNAME", missing="adapters are not built yet"),
     Flag(("--lora-base",), "LLAMA_ARG_LORA_BASE", "base of the adapter", None, Path, "FNAME", missing="see --lora"),
@@ -253,14 +370,15 @@ def parse(
     parser.add_argument("--version", action="version", version=f"pyllama {__version__}")
     for flag in FLAGS:
         default = _from_environment(parser, flag, environ)
-        shown = "" if flag.default is None or flag.type is bool else f" (default: {flag.default})"
+        shown = "" if flag.default in (None, ()) or flag.type is bool else f" (default: {flag.default})"
         text = (flag.help + shown).replace("%", "%%")
         if flag.type is bool:
             parser.add_argument(*flag.names, dest=flag.field, action="store_true", default=default, help=text)
         else:
-            parser.add_argument(
-                *flag.names, dest=flag.field, type=flag.type, default=default, metavar=flag.metavar, help=text
-            )
+            how = {"type": flag.type, "default": default, "metavar": flag.metavar, "help": text}
+            if flag.without_value is not None:
+                how |= {"nargs": "?", "const": flag.without_value}
+            parser.add_argument(*flag.names, dest=flag.field, **how)
     return Settings(**vars(parser.parse_args(argv)))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyllama import __version__, models, pull
-from pyllama.core import CoreError, cpu_name
+from pyllama.core import CoreError, cpu_name, interleave_memory, memory_nodes
 from pyllama.engine import Engine
 from pyllama.server import flags
 from pyllama.server.app import create_app
@@ -41,7 +41,7 @@ class Program:
                 n_predict=settings.n_predict,
                 seed=settings.seed,
                 embedding=settings.embedding,
-                api_key=settings.api_key or "",
+                api_keys=settings.api_key + settings.api_key_file,
                 queue=settings.queue,
             )
         )
@@ -83,6 +83,8 @@ class Program:
         try:
             path = path or pull.path_of()
             log.info("loading %s", path)
+            if s.numa:
+                _spread_memory()
             model = models.load(
                 path,
                 n_ctx=s.ctx_size,
@@ -93,6 +95,7 @@ class Program:
                 kv_type="f32" if s.memory_f32 else "f16",
                 mmap=not s.no_mmap,
                 mlock=s.mlock,
+                rope=_rope_options(s),
                 progress=progress_line(path.name),
             )
             self._engine = Engine(model, s.parallel, continuous=s.cont_batching)
@@ -125,6 +128,33 @@ class Program:
         log.error("%s", message)
         self._failed = True
         self.stop()
+
+
+def _rope_options(settings: flags.Settings) -> models.RopeOptions:
+    return models.RopeOptions(
+        scaling=settings.rope_scaling,
+        freq_base=settings.rope_freq_base,
+        freq_scale=settings.rope_freq_scale,
+        yarn_ext_factor=settings.yarn_ext_factor,
+        yarn_attn_factor=settings.yarn_attn_factor,
+        yarn_beta_fast=settings.yarn_beta_fast,
+        yarn_beta_slow=settings.yarn_beta_slow,
+        yarn_orig_ctx=settings.yarn_orig_ctx,
+    )
+
+
+def _spread_memory() -> None:
+    """What ``--numa`` asks for, before there are threads and memory; says so if that is nothing."""
+    nodes = memory_nodes()
+    if len(nodes) == 1:
+        log.warning("--numa has no effect: this machine has one memory node")
+        return
+    try:
+        interleave_memory(nodes)
+    except CoreError as error:
+        log.warning("--numa has no effect: %s", error)
+    else:
+        log.info("memory is spread over %d nodes", len(nodes))
 
 
 def _read_system_prompt(path: Path) -> SystemPrompt:

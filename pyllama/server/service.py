@@ -62,7 +62,8 @@ class Defaults:
     n_predict: int = -1
     seed: int = -1
     embedding: bool = False
-    api_key: str = ""
+    api_keys: tuple[str, ...] = ()
+    """One of them must come with each POST request; none: nobody is asked."""
     queue: int = 64
     """Requests that may wait for a slot; more are refused."""
 
