@@ -292,14 +292,22 @@ class Engine:
             self._news = True
         return self.submit(Request(prompt=tokens, n_predict=0)) if tokens else None
 
-    def close(self) -> None:
-        """Ends all requests with ``cancelled`` and stops the thread."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Ends all requests with ``cancelled`` and stops the thread.
+
+        Args:
+            timeout: seconds to wait for the step that is running; None: for as long as it takes.
+
+        Returns:
+            Has the thread stopped?
+        """
         with self._wake:
             self._closing = self._news = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout)
         atexit.unregister(self.close)
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Engine:
         return self

@@ -91,11 +91,12 @@ class ServerProcess(_Requests):
     Args:
         flags: of the command line.
         wait: go on only when the model is loaded.
+        script: what to start.
     """
 
-    def __init__(self, *flags: str | Path, wait: bool = True) -> None:
+    def __init__(self, *flags: str | Path, wait: bool = True, script: Path = ROOT / "server.py") -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
-        command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *map(str, flags)]
+        command = [sys.executable, str(script), "--port", "0", *map(str, flags)]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()

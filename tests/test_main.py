@@ -91,6 +91,45 @@ def test_a_signal_while_loading(model):
     assert ServerProcess("-m", model, wait=False).stop() == 0
 
 
+def test_a_second_signal_ends_it_at_once(model):
+    """The first one waits a few seconds for clients to read their answers."""
+    server = ServerProcess("-m", model, "-c", "4096")
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        body = json.dumps({"prompt": "a", "ignore_eos": True, "stream": True, "n_probs": 300}).encode()
+        slow.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        slow.recv(1)
+        time.sleep(1)  # what waits to be read is now more than the system's buffers hold
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        began = time.monotonic()
+        assert server.stop(signal.SIGINT) == -signal.SIGINT
+        assert time.monotonic() - began < 1
+
+
+def test_a_step_that_takes_long_is_abandoned(model, tmp_path):
+    """As of a large model that reads a prompt: the server does not wait for it to end."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pyllama.models import Model\n"
+        "from pyllama.server import http, main\n"
+        "http.STOP_SECONDS, main._STEP_SECONDS = 0.5, 0.5\n"
+        "run = Model.run\n"
+        "Model.run = lambda *args, **more: (print('running', file=sys.stderr, flush=True), time.sleep(60), run(*args, **more))\n"
+        "sys.exit(main.main())\n"
+    )
+    with ServerProcess("-m", model, script=script) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b'POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{"prompt": "a"}')
+            server.wait_for_log("^running")
+            began = time.monotonic()
+            assert server.stop() == 0
+        assert time.monotonic() - began < 8
+        assert any("it is abandoned" in line for line in server.log)
+
+
 def test_one_line_for_each_request(model):
     with serving(model) as server:
         server.post("/completion", prompt="abc", n_predict=3, ignore_eos=True)

@@ -39,6 +39,12 @@ def pages(tmp_path_factory) -> Path:
     (folder / "deep").mkdir()
     (folder / "deep" / "module.mjs").write_text("export const x = 1;")
     (folder.parent / "secret.txt").write_text("secret")
+    (folder.parent / "pages-2").mkdir()
+    (folder.parent / "pages-2" / "secret.txt").write_text("secret")
+    (folder / "out.txt").symlink_to(folder.parent / "secret.txt")
+    (folder / "outside").symlink_to(folder.parent)
+    (folder / "inside.html").symlink_to("mine.html")
+    (folder / "circle").symlink_to("circle")
     return folder
 
 
@@ -253,7 +259,7 @@ def test_the_small_ones(tiny, smollm2):
     (model,) = models["data"]
     assert (status, models["object"], model["id"], model["object"]) == (200, "list", "smollm2", "model")
     assert smollm2.json("GET", "/models") == (200, models)
-    assert smollm2.json("GET", "/v1/models/smollm2") == smollm2.json("GET", "/models/smollm2") == (200, model)
+    assert smollm2.json("GET", "/v1/models/smollm2") == (200, model)
     assert smollm2.json("GET", "/v1/models/gpt-4")[0] == 404
     (model,) = tiny.json("GET", "/v1/models")[1]["data"]
     assert tiny.json("GET", "/v1/models/" + quote(model["id"], safe="")) == (200, model)  # a path
@@ -606,6 +612,7 @@ def test_other_origins_may_ask(tiny):
 
 def test_files_of_a_folder_come_first(tiny):
     assert tiny.send("GET", "/mine.html").read() == b"<p>mine</p>"
+    assert tiny.send("GET", "/inside.html").read() == b"<p>mine</p>"  # a link within
     module = tiny.send("GET", "/deep/module.mjs")
     assert module.headers["Content-Type"].startswith("text/javascript")
     for path in ("/", "/completion.js"):
@@ -614,7 +621,12 @@ def test_files_of_a_folder_come_first(tiny):
 
 @pytest.mark.parametrize(
     "path",
-    ["/../secret.txt", "/%2e%2e/secret.txt", "/deep/../../secret.txt", "/..%2fsecret.txt", "//etc/passwd", "/deep"],
+    [
+        "/../secret.txt", "/%2e%2e/secret.txt", "/%252e%252e/secret.txt", "/%252e%252e%252fsecret.txt", "/..%2fsecret.txt",
+        "/deep/../../secret.txt", "/deep/%2e%2e/%2e%2e/secret.txt", "/..%5csecret.txt", "/../pages-2/secret.txt",
+        "//etc/passwd", "/%2fetc/passwd", "/deep", "/out.txt", "/outside/secret.txt", "/outside/pages-2/secret.txt",
+        "/circle", "/" + "x" * 5000, "/mine.html%00.png",
+    ],  # fmt: skip
 )
 def test_files_elsewhere_are_not_sent(tiny, path):
     assert tiny.json("GET", path)[0] == 404
@@ -677,6 +689,7 @@ def test_too_many_requests(tiny_path):
             connection.request("POST", "/completion", json.dumps(ENDLESS))
         wait_until(lambda: server.json("GET", "/health")[1]["requests_waiting"] == 1)
         assert "try again" in server.refused("/completion", {"prompt": "x"}, 429)
+        assert server.send("POST", "/completion", {"prompt": "x"}).headers["Retry-After"] == "1"
 
 
 def test_bodies_that_are_too_large(tiny):

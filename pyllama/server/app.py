@@ -116,10 +116,20 @@ def _check_key(keys: Sequence[str]) -> None:
 def _file(folders: list[Path], path: str) -> HTTPResponse:
     """A file below one of the folders, the first that has it."""
     for folder in folders:
+        if not _is_below(folder, path):
+            continue
         found = static_file(path, root=str(folder))
         if found.status_code in (200, 206, 304):
             return found
     raise ApiError(404, f"there is no file {path}")
+
+
+def _is_below(folder: Path, path: str) -> bool:
+    """Is that a place in the folder, also when links have been followed?"""
+    try:
+        return (folder / path.strip("/\\")).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # no path at all, or links in a circle
+        return False
 
 
 def _with_cors(app: Bottle) -> Callable[..., Iterable[bytes]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import signal
 import sys
 import threading
@@ -22,6 +24,9 @@ __all__ = ["Program", "main"]
 
 _QUICK_REQUESTS = 8
 """Threads beyond those that may wait for the model, so that e.g. /health is always answered."""
+_STEP_SECONDS = 3.0
+"""How long a stop waits for the model's last step."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOAD_ERRORS = (ValueError, CoreError, pull.PullError, MemoryError)
 
 
@@ -69,9 +74,12 @@ class Program:
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         threading.Thread(target=self._load, name="pyllama-load", daemon=True).start()
         self.server.run(on_stop=self.service.stop)
-        if self._engine is not None:
-            self._engine.close()
-        return 1 if self._failed else 0
+        status = 1 if self._failed else 0
+        if self._engine is not None and not self._engine.close(timeout=_STEP_SECONDS):
+            log.warning("a step of the model takes long; it is abandoned")
+            logging.shutdown()
+            os._exit(status)  # the usual way out would wait for the step
+        return status
 
     def stop(self) -> None:
         """Makes :meth:`run` return within seconds. Any thread and any signal handler may call this."""
@@ -188,8 +196,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "server.py") -> int:
         return 1
 
     def stop(_signal: int, _frame: object) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)  # who cannot wait sends another one
         program.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, stop)
     return program.run()

@@ -97,7 +97,6 @@ def add_routes(app: Bottle, service: Service) -> None:
         return dump({"data": [_model(service)], "object": "list"})
 
     @app.get("/v1/models/<name:path>")
-    @app.get("/models/<name:path>")
     def model(name: str) -> bytes:
         if name != service.defaults.name:
             raise ApiError(404, f"there is no model {name}; this server has {service.defaults.name}")

@@ -211,7 +211,8 @@ class Service:
     def _admit(self, most: int) -> None:
         with self._lock:
             if self._n_open >= most:
-                raise ApiError(429, f"{self._n_open} requests are under way or waiting already; try again later")
+                message = f"{self._n_open} requests are under way or waiting already; try again later"
+                raise ApiError(429, message, Retry_After="1")
             self._n_open += 1
 
 
