@@ -28,7 +28,7 @@ typedef struct pl_error {
 
 /* ---- the machine -------------------------------------------------------------------------------------------------- */
 
-/* Name of the kernel set in use: "scalar", "avx2", "avx512", "neon". The environment variable PYLLAMA_CPU forces one
+/* Name of the kernel set in use: "scalar", "avx2", "avx512", "avx512_bf16", "neon". The environment variable PYLLAMA_CPU forces one
  * (a set that this processor cannot run is refused and the best one is used). */
 const char *pl_cpu_name(void);
 
@@ -102,12 +102,15 @@ int32_t pl_weight_product(const pl_weight *w, const float *x, int32_t n_tokens, 
 /* Tokens in a block. */
 #define PL_BLOCK_TOKENS 32
 
-enum pl_kv_type { PL_KV_F16 = 0, PL_KV_F32 = 1 };
+/* The quantized ones are GGUF's: 32 elements of a head share a scale. */
+enum pl_kv_type { PL_KV_F16 = 0, PL_KV_F32 = 1, PL_KV_Q8_0 = 2, PL_KV_Q4_0 = 3 };
 
 /* A pool of `n_blocks` blocks; a block holds K and V of PL_BLOCK_TOKENS tokens for all layers. */
 typedef struct pl_kv pl_kv;
 
-pl_kv *pl_kv_new(int32_t n_layers, int32_t n_blocks, int32_t n_head_kv, int32_t head_dim, int32_t type, pl_error *err);
+/* The types are enum pl_kv_type; quantized ones need a `head_dim` that is a multiple of 32. */
+pl_kv *pl_kv_new(int32_t n_layers, int32_t n_blocks, int32_t n_head_kv, int32_t head_dim, int32_t key_type,
+                 int32_t value_type, pl_error *err);
 void pl_kv_free(pl_kv *kv);
 int64_t pl_kv_bytes(const pl_kv *kv);
 

@@ -4,34 +4,50 @@
 #include <math.h>
 
 enum {
-    TILE_ROWS = 48,       /* rows of one item: enough to pay for widening a block's halves once */
-    WIDEN_FROM_ROWS = 12, /* below that, halves are widened on the way into the registers */
-    CHUNK_BLOCKS = 16,    /* blocks of one item of a split context */
-    SPLIT_TOKENS = 4,     /* only sequences with so few new tokens are split */
-    ITEMS_PER_THREAD = 4, /* ... and only when there are fewer (sequence, head) pairs than this a thread */
-    LANES = 16,           /* floats of a widest register: what rows are padded to */
+    MOST_TILE_ROWS = 192,   /* rows of one item: enough to pay for widening blocks once */
+    LEAST_TILE_ROWS = 48,   /* ... and no fewer, when there is not much to do */
+    CHUNK_BLOCKS = 16,      /* blocks of one item of a split context */
+    SPLIT_TOKENS = 4,       /* only sequences with so few new tokens are split */
+    ITEMS_PER_THREAD = 4,   /* ... and only when there are fewer (sequence, head) pairs than this a thread */
 };
 
 /* Memory of one member, and of the parts of split contexts. */
 typedef struct layout {
-    int64_t padded_dim;  /* head_dim rounded up, so that rows stay aligned */
-    int64_t member_floats;
-    int64_t part_rows;   /* how many parts there is room for */
+    int64_t width;     /* floats of a row */
+    int64_t most_rows; /* of an item */
+    int64_t block_floats, member_floats;
+    int64_t part_rows; /* how many parts there is room for */
 } layout;
 
-static layout lay_out(int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t max_context, int32_t n_threads) {
-    layout l = {.padded_dim = pl_round_up(head_dim, LANES)};
-    const int64_t rows = PL_MAX(TILE_ROWS, n_head / n_head_kv);
-    const int64_t block = pl_round_up((int64_t)head_dim * PL_BLOCK_TOKENS, LANES);
-    l.member_floats = 2 * block + rows * l.padded_dim + 2 * pl_round_up(rows, LANES);
-    const int64_t chunks = max_context / PL_BLOCK_TOKENS / CHUNK_BLOCKS + 2;
-    l.part_rows = (int64_t)ITEMS_PER_THREAD * n_threads * (n_head / n_head_kv) * SPLIT_TOKENS * chunks;
+static layout lay_out(int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t max_blocks, int32_t n_threads) {
+    const int32_t group = n_head / n_head_kv;
+    layout l = {.width = pl_kv_width(head_dim), .most_rows = PL_MAX(MOST_TILE_ROWS, group)};
+    l.block_floats = l.width * PL_BLOCK_TOKENS;
+    l.member_floats = 2 * PL_SPAN_BLOCKS * l.block_floats + l.most_rows * (2 * l.width + PL_LANES) +
+                      pl_round_up(l.most_rows, PL_LANES);
+    const int64_t chunks = max_blocks / CHUNK_BLOCKS + 2;
+    l.part_rows = (int64_t)ITEMS_PER_THREAD * n_threads * group * SPLIT_TOKENS * chunks;
     return l;
 }
 
-int64_t pl_attention_scratch_bytes(int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t max_context, int32_t n_threads) {
-    const layout l = lay_out(n_head, n_head_kv, head_dim, max_context, n_threads);
-    return 4 * (n_threads * l.member_floats + l.part_rows * (l.padded_dim + LANES));
+int64_t pl_attention_scratch_bytes(int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t max_blocks, int32_t n_threads) {
+    const layout l = lay_out(n_head, n_head_kv, head_dim, max_blocks, n_threads);
+    return 4 * (n_threads * l.member_floats + l.part_rows * (l.width + PL_LANES));
+}
+
+/* A member's memory. */
+typedef struct workspace {
+    pl_attention_rows rows;
+    float *wide_keys, *wide_values; /* of a span */
+} workspace;
+
+static workspace workspace_at(float *p, const layout *l) {
+    workspace w = {.wide_keys = p, .wide_values = p + PL_SPAN_BLOCKS * l->block_floats};
+    w.rows.total = w.wide_values + PL_SPAN_BLOCKS * l->block_floats;
+    w.rows.packed_q = w.rows.total + l->most_rows * l->width;
+    w.rows.sum = w.rows.packed_q + l->most_rows * l->width;
+    w.rows.max = w.rows.sum + l->most_rows * PL_LANES;
+    return w;
 }
 
 /* How one sequence is cut into items; the same for every member, since it follows from the arguments alone. */
@@ -40,14 +56,20 @@ typedef struct cut {
     int32_t first_block, n_chunks; /* n_chunks is 1 for a context that is not split */
 } cut;
 
-static cut cut_sequence(const pl_attention_args *a, const pl_sequence *s, bool may_split) {
-    const int32_t group = a->n_head / a->kv->n_head_kv;
+static cut cut_sequence(const pl_attention_args *a, const pl_sequence *s, int32_t n_threads) {
+    const int32_t n_head_kv = a->kv->n_head_kv, group = a->n_head / n_head_kv;
     cut c = {.n_chunks = 1};
-    c.tile_tokens = PL_MAX(1, TILE_ROWS / group);
-    c.n_tiles = (s->n_tokens + c.tile_tokens - 1) / c.tile_tokens;
+    for (int32_t rows = MOST_TILE_ROWS; rows >= LEAST_TILE_ROWS; rows /= 2) {
+        c.tile_tokens = PL_MAX(1, rows / group);
+        c.n_tiles = (s->n_tokens + c.tile_tokens - 1) / c.tile_tokens;
+        if ((int64_t)c.n_tiles * n_head_kv >= (int64_t)ITEMS_PER_THREAD * n_threads) {
+            break;
+        }
+    }
     if (a->window) {
         c.first_block = PL_MAX(0, s->n_past - a->window + 1) / PL_BLOCK_TOKENS;
     }
+    const bool may_split = n_threads > 1 && (int64_t)a->n_sequences * n_head_kv < (int64_t)ITEMS_PER_THREAD * n_threads;
     if (may_split && s->n_tokens <= SPLIT_TOKENS && c.n_tiles == 1) {
         const int32_t blocks = (s->n_past + s->n_tokens - 1) / PL_BLOCK_TOKENS + 1 - c.first_block;
         c.n_chunks = (blocks + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
@@ -55,19 +77,15 @@ static cut cut_sequence(const pl_attention_args *a, const pl_sequence *s, bool m
     return c;
 }
 
-/* Rows of tokens [first, first + n) of a sequence and one head, over blocks [from_block, to_block): into rows->max, sum, total. */
-static void attend(const pl_attention_args *a, const pl_sequence *s, int32_t head, int32_t first, int32_t n, int32_t from_block,
-                   int32_t to_block, pl_attention_rows *rows, float *wide_keys, float *wide_values) {
-    enum { MOST_ROWS = PL_MAX((int)TILE_ROWS, (int)PL_MOST_HEADS_PER_GROUP) };
-    const pl_kv *kv = a->kv;
-    const int32_t group = a->n_head / kv->n_head_kv, head_dim = kv->head_dim;
-    const int64_t padded = pl_round_up(head_dim, LANES);
-    const bool half = kv->type == PL_KV_F16;
-    const int32_t first_position = s->n_past + first, last_position = first_position + n - 1;
-    from_block = PL_MAX(from_block, a->window ? PL_MAX(0, first_position - a->window + 1) / PL_BLOCK_TOKENS : 0);
-    to_block = PL_MIN(to_block, last_position / PL_BLOCK_TOKENS + 1);
-    const float *q[MOST_ROWS];
-    int32_t from[MOST_ROWS], to[MOST_ROWS];
+/* What the kernels read blocks of a type as, for a sequence with n_tokens new ones. */
+static int32_t read_as(const pl_attention_kernels *k, int32_t type, int32_t n_tokens) {
+    const bool can_read = k->reads >> type & 1;
+    return can_read && !(type == PL_KV_F16 && n_tokens >= k->widen_halves_from) ? type : k->wide_type;
+}
+
+static void begin(const pl_attention_args *a, const pl_sequence *s, int32_t head, int32_t first, int32_t n, int32_t key_type,
+                  const float **q, pl_attention_rows *rows) {
+    const int32_t group = a->n_head / a->kv->n_head_kv, head_dim = a->kv->head_dim;
     rows->n = n * group;
     rows->head_dim = head_dim;
     rows->q = q;
@@ -75,42 +93,77 @@ static void attend(const pl_attention_args *a, const pl_sequence *s, int32_t hea
     for (int32_t r = 0; r < rows->n; r++) {
         q[r] = a->q + ((int64_t)(s->first + first + r / group) * a->n_head + head * group + r % group) * head_dim;
         rows->max[r] = -INFINITY;
-        rows->sum[r] = 0;
     }
-    memset(rows->total, 0, sizeof(float) * (size_t)(rows->n * padded));
-    for (int32_t block = from_block; block < to_block; block++) {
-        const void *keys = pl_kv_keys(kv, a->layer, s->blocks[block], head);
-        const void *values = pl_kv_values(kv, a->layer, s->blocks[block], head);
-        const bool widen = half && rows->n >= WIDEN_FROM_ROWS && head_dim % LANES == 0;
-        if (widen) {
-            a->kernels->widen(keys, (int64_t)head_dim * PL_BLOCK_TOKENS, wide_keys);
-            a->kernels->widen(values, (int64_t)head_dim * PL_BLOCK_TOKENS, wide_values);
-            keys = wide_keys;
-            values = wide_values;
+    memset(rows->sum, 0, sizeof(float) * (size_t)rows->n * PL_LANES);
+    memset(rows->total, 0, sizeof(float) * (size_t)(rows->n * pl_kv_width(head_dim)));
+    a->kernels->begin(rows, key_type);
+}
+
+/* Rows of tokens [first, first + n) of a sequence and one head, over blocks [from_block, to_block): into w->rows. */
+static void attend(const pl_attention_args *a, const pl_sequence *s, int32_t head, int32_t first, int32_t n, int32_t from_block,
+                   int32_t to_block, workspace *w) {
+    enum { MOST_ROWS = PL_MAX((int)MOST_TILE_ROWS, (int)PL_MOST_HEADS_PER_GROUP) };
+    const pl_kv *kv = a->kv;
+    const pl_attention_kernels *k = a->kernels;
+    const int32_t group = a->n_head / kv->n_head_kv, head_dim = kv->head_dim;
+    const int64_t block_floats = pl_kv_width(head_dim) * PL_BLOCK_TOKENS;
+    const int32_t first_position = s->n_past + first, last_position = first_position + n - 1;
+    from_block = PL_MAX(from_block, a->window ? PL_MAX(0, first_position - a->window + 1) / PL_BLOCK_TOKENS : 0);
+    to_block = PL_MIN(to_block, last_position / PL_BLOCK_TOKENS + 1);
+    const float *q[MOST_ROWS];
+    int32_t from[MOST_ROWS], to[MOST_ROWS];
+    pl_attention_span span = {.key_type = read_as(k, kv->key_type, s->n_tokens),
+                              .value_type = read_as(k, kv->value_type, s->n_tokens), .from = from, .to = to};
+    begin(a, s, head, first, n, span.key_type, q, &w->rows);
+    for (int32_t block = from_block; block < to_block; block += PL_SPAN_BLOCKS) {
+        const int32_t n_blocks = PL_MIN(PL_SPAN_BLOCKS, to_block - block), base = block * PL_BLOCK_TOKENS;
+        for (int32_t i = 0; i < n_blocks; i++) {
+            const int32_t this = s->blocks[block + i], next = s->blocks[PL_MIN(block + i + 1, to_block - 1)];
+            span.keys[i] = pl_kv_keys(kv, a->layer, this, head);
+            span.values[i] = pl_kv_values(kv, a->layer, this, head);
+            span.next_keys[i] = pl_kv_keys(kv, a->layer, next, head);
+            span.next_values[i] = pl_kv_values(kv, a->layer, next, head);
+            if (span.key_type != kv->key_type) {
+                k->widen_keys(kv->key_type, head_dim, span.keys[i], w->wide_keys + i * block_floats);
+                span.keys[i] = w->wide_keys + i * block_floats;
+            }
+            if (span.value_type != kv->value_type) {
+                k->widen_values(kv->value_type, head_dim, span.values[i],
+                                PL_MIN(PL_BLOCK_TOKENS, last_position + 1 - base - i * PL_BLOCK_TOKENS),
+                                w->wide_values + i * block_floats);
+                span.values[i] = w->wide_values + i * block_floats;
+            }
         }
-        const int32_t base = block * PL_BLOCK_TOKENS;
-        for (int32_t r = 0; r < rows->n; r++) {
+        for (int32_t r = 0; r < w->rows.n; r++) {
             const int32_t position = first_position + r / group;
             from[r] = a->window ? PL_MAX(0, position - a->window + 1 - base) : 0;
-            to[r] = PL_MIN(PL_BLOCK_TOKENS, position + 1 - base);
+            to[r] = PL_MIN(n_blocks * PL_BLOCK_TOKENS, position + 1 - base);
         }
-        a->kernels->block(rows, keys, values, half && !widen, from, to);
+        k->span(&w->rows, &span);
     }
+}
+
+static float sum_of(const float *lanes) {
+    float sum = 0;
+    for (int32_t i = 0; i < PL_LANES; i++) {
+        sum += lanes[i];
+    }
+    return sum;
 }
 
 static void write_rows(const pl_attention_args *a, const pl_sequence *s, int32_t head, int32_t first, const pl_attention_rows *rows) {
     const int32_t group = a->n_head / a->kv->n_head_kv, head_dim = a->kv->head_dim;
-    const int64_t padded = pl_round_up(head_dim, LANES);
+    const int64_t width = pl_kv_width(head_dim);
     for (int32_t r = 0; r < rows->n; r++) {
         float *y = a->out + ((int64_t)(s->first + first + r / group) * a->n_head + head * group + r % group) * head_dim;
-        const float scale = 1.0f / rows->sum[r];
+        const float scale = 1.0f / sum_of(rows->sum + r * PL_LANES);
         for (int32_t d = 0; d < head_dim; d++) {
-            y[d] = rows->total[r * padded + d] * scale;
+            y[d] = rows->total[r * width + d] * scale;
         }
     }
 }
 
-/* Joins the parts of a split context: each part is LANES floats (maximum, sum) and then its weighted sum of V. */
+/* Joins the parts of a split context: each part is PL_LANES floats (maximum, sum) and then its weighted sum of V. */
 static void join(const pl_attention_args *a, const pl_sequence *s, int32_t head, int32_t row, int32_t n_chunks, int64_t apart,
                  const float *part) {
     const int32_t group = a->n_head / a->kv->n_head_kv, head_dim = a->kv->head_dim;
@@ -122,11 +175,11 @@ static void join(const pl_attention_args *a, const pl_sequence *s, int32_t head,
     memset(y, 0, sizeof(float) * (size_t)head_dim);
     for (int32_t c = 0; c < n_chunks; c++) {
         const float *p = part + c * apart;
-        if (p[1] > 0) {
+        if (p[1] != 0) { /* a row may see nothing of a chunk; what is no number goes on as such */
             const float weight = expf(p[0] - largest);
             sum += weight * p[1];
             for (int32_t d = 0; d < head_dim; d++) {
-                y[d] += weight * p[LANES + d];
+                y[d] += weight * p[PL_LANES + d];
             }
         }
     }
@@ -138,37 +191,32 @@ static void join(const pl_attention_args *a, const pl_sequence *s, int32_t head,
 void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int counters[2], const pl_member *member) {
     const pl_kv *kv = a->kv;
     const int32_t group = a->n_head / kv->n_head_kv;
-    const layout l = lay_out(a->n_head, kv->n_head_kv, kv->head_dim, kv->n_blocks * PL_BLOCK_TOKENS, member->count);
-    float *parts = scratch, *own = parts + l.part_rows * (l.padded_dim + LANES) + member->index * l.member_floats;
-    const int64_t most_rows = PL_MAX(TILE_ROWS, group), part_floats = l.padded_dim + LANES;
-    const int64_t block_floats = pl_round_up((int64_t)kv->head_dim * PL_BLOCK_TOKENS, LANES);
-    float *wide_keys = own, *wide_values = wide_keys + block_floats, *total = wide_values + block_floats;
-    pl_attention_rows rows = {.total = total, .max = total + most_rows * l.padded_dim};
-    rows.sum = rows.max + pl_round_up(most_rows, LANES);
+    const layout l = lay_out(a->n_head, kv->n_head_kv, kv->head_dim, kv->n_blocks, member->count);
+    const int64_t part_floats = l.width + PL_LANES;
+    float *parts = scratch;
+    workspace w = workspace_at(parts + l.part_rows * part_floats + member->index * l.member_floats, &l);
 
-    const bool may_split = (int64_t)a->n_sequences * kv->n_head_kv < (int64_t)ITEMS_PER_THREAD * member->count &&
-                           member->count > 1;
     int32_t wanted = pl_claim(&counters[0]), item = 0;
     int64_t part = 0; /* where the sequence's parts begin: [head][chunk][row] */
     for (int32_t i = 0; i < a->n_sequences; i++) {
         const pl_sequence *s = &a->sequences[i];
-        const cut c = cut_sequence(a, s, may_split);
+        const cut c = cut_sequence(a, s, member->count);
         const int32_t items = c.n_chunks * c.n_tiles * kv->n_head_kv;
         for (; wanted < item + items; wanted = pl_claim(&counters[0])) {
             const int32_t head = (wanted - item) % kv->n_head_kv, which = (wanted - item) / kv->n_head_kv;
             if (c.n_chunks == 1) { /* later tiles see more: the longest first */
                 const int32_t first = (c.n_tiles - 1 - which) * c.tile_tokens;
-                attend(a, s, head, first, PL_MIN(c.tile_tokens, s->n_tokens - first), 0, INT32_MAX, &rows, wide_keys, wide_values);
-                write_rows(a, s, head, first, &rows);
+                attend(a, s, head, first, PL_MIN(c.tile_tokens, s->n_tokens - first), 0, INT32_MAX, &w);
+                write_rows(a, s, head, first, &w.rows);
                 continue;
             }
             const int32_t from = c.first_block + which * CHUNK_BLOCKS;
-            attend(a, s, head, 0, s->n_tokens, from, from + CHUNK_BLOCKS, &rows, wide_keys, wide_values);
-            for (int32_t r = 0; r < rows.n; r++) {
-                float *p = parts + (part + ((int64_t)head * c.n_chunks + which) * rows.n + r) * part_floats;
-                p[0] = rows.max[r];
-                p[1] = rows.sum[r];
-                memcpy(p + LANES, rows.total + r * l.padded_dim, sizeof(float) * (size_t)kv->head_dim);
+            attend(a, s, head, 0, s->n_tokens, from, from + CHUNK_BLOCKS, &w);
+            for (int32_t r = 0; r < w.rows.n; r++) {
+                float *p = parts + (part + ((int64_t)head * c.n_chunks + which) * w.rows.n + r) * part_floats;
+                p[0] = w.rows.max[r];
+                p[1] = sum_of(w.rows.sum + r * PL_LANES);
+                memcpy(p + PL_LANES, w.rows.total + r * l.width, sizeof(float) * (size_t)kv->head_dim);
             }
         }
         item += items;
@@ -182,7 +230,7 @@ void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int coun
     item = 0;
     for (int32_t i = 0; i < a->n_sequences; i++) {
         const pl_sequence *s = &a->sequences[i];
-        const cut c = cut_sequence(a, s, may_split);
+        const cut c = cut_sequence(a, s, member->count);
         const int32_t n_rows = s->n_tokens * group;
         for (int32_t head = 0; c.n_chunks > 1 && head < kv->n_head_kv; head++) {
             for (int32_t r = 0; r < n_rows; r++) {

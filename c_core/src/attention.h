@@ -2,8 +2,8 @@
  * attention.h - causal attention of a batch's new tokens over their sequences' blocks.
  *
  * Rows (a new token and a head) of one key/value head share every load of K and V. A row keeps a running maximum, sum and
- * weighted sum of V over the blocks (online softmax: Milakov and Gimelshein 2018; Dao et al. 2022), so no row of scores is
- * ever stored. A long context with few new tokens is split into chunks of blocks that the team shares, and their parts are
+ * weighted sum of V over spans of blocks (online softmax: Milakov and Gimelshein 2018; Dao et al. 2022), so no row of scores
+ * is ever stored. A long context with few new tokens is split into chunks of blocks that the team shares, and their parts are
  * joined afterwards.
  */
 #ifndef PL_ATTENTION_H
@@ -27,7 +27,8 @@ typedef struct pl_attention_args {
     float *out;     /* the same shape */
 } pl_attention_args;
 
-int64_t pl_attention_scratch_bytes(int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t max_context, int32_t n_threads);
+/* For sequences of at most `max_blocks` blocks. */
+int64_t pl_attention_scratch_bytes(int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t max_blocks, int32_t n_threads);
 
 /* Called by every member of the team; `counters` are zero before. The caller waits at a barrier afterwards. */
 void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int counters[2], const pl_member *member);

@@ -65,6 +65,16 @@ static inline uint16_t pl_f32_to_f16(float f) {
     return sign | (uint16_t)((bits >> 13) - ((127 - 15) << 10));
 }
 
+/* To nearest, ties to even; NaN stays one. */
+static inline uint16_t pl_f32_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) {
+        return (uint16_t)(bits >> 16 | 0x40);
+    }
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 static inline float pl_bf16_to_f32(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
     float f;

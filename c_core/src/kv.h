@@ -1,35 +1,59 @@
 /*
  * kv.h - the pool of key/value blocks.
  *
- * For each layer: K is kept transposed, [block][kv head][head_dim][32 tokens], so that the scores of a block's 32 tokens fill
- * a register or two without sums across lanes; V is [block][kv head][32 tokens][head_dim]. Elements are half or float.
+ * K of a layer is [block][kv head], each a matrix of head_dim x 32 tokens that is kept transposed, so that the scores of a
+ * block's 32 tokens fill a register or two without sums across lanes; V is [block][kv head], each 32 tokens x head_dim. K and
+ * V may be of different types:
+ *
+ * type        K of one block and head                             V of one block and head
+ * f32, f16    [head_dim][32]                                      [32][width], width being head_dim rounded up to 16
+ * q8_0        code + 128: [head_dim / 4][32][4], then scales      code: [32 / 4][head_dim][4 tokens], then scales
+ * q4_0        code + 8:   [head_dim / 8][32][4 bytes], a byte     code + 8: [32 / 4][head_dim / 32][16][4 tokens], a byte
+ *             being elements i and i + 4 of 8; then scales        being columns i and i + 16 of 32; then scales
+ *
+ * The quantized types are GGUF's: 32 elements of a token share a scale, a half, and an element is code * scale. Scales are
+ * [head_dim / 32][32 tokens]. Codes come in fours for instructions that sum products of four bytes; every token's bytes are its
+ * own.
  */
 #ifndef PL_KV_H
 #define PL_KV_H
 
 #include "common.h"
 
+enum {
+    PL_KV_GROUP = 32,             /* elements that share a scale */
+    PL_KV_MOST_HEAD_DIM = 1 << 13
+};
+
 struct pl_kv {
     int32_t n_layers, n_blocks, n_head_kv, head_dim;
-    int32_t type;          /* enum pl_kv_type */
-    int32_t element_bytes; /* 2 or 4 */
-    int64_t head_bytes;    /* K, or V, of one block and one head */
-    int64_t layer_bytes;   /* K, or V, of one layer */
-    uint8_t *base;         /* K of all layers, then V of all layers */
+    int32_t key_type, value_type;     /* enum pl_kv_type */
+    int64_t key_bytes, value_bytes;   /* of one block and one head */
+    uint8_t *keys, *values;           /* of all layers */
     int64_t bytes;
 };
 
+/* Columns of a row of V: head_dim, rounded up so that rows are whole registers. */
+static inline int64_t pl_kv_width(int32_t head_dim) { return pl_round_up(head_dim, 16); }
+
 static inline uint8_t *pl_kv_keys(const pl_kv *kv, int32_t layer, int32_t block, int32_t head) {
-    return kv->base + layer * kv->layer_bytes + ((int64_t)block * kv->n_head_kv + head) * kv->head_bytes;
+    return kv->keys + (((int64_t)layer * kv->n_blocks + block) * kv->n_head_kv + head) * kv->key_bytes;
 }
 
 static inline uint8_t *pl_kv_values(const pl_kv *kv, int32_t layer, int32_t block, int32_t head) {
-    return pl_kv_keys(kv, kv->n_layers + layer, block, head);
+    return kv->values + (((int64_t)layer * kv->n_blocks + block) * kv->n_head_kv + head) * kv->value_bytes;
 }
 
-/* Writes K and V of new tokens first .. first + n - 1 of a sequence for one head; row i is at k + i * stride. */
-void pl_kv_store(pl_kv *kv, int32_t layer, const pl_sequence *sequence, int32_t head, int32_t first, int32_t n, const float *k,
-                 const float *v, int64_t stride);
+/* Where the scales of a quantized block and head begin. */
+static inline int64_t pl_kv_scales(int32_t type, int32_t head_dim) {
+    return (int64_t)head_dim * PL_BLOCK_TOKENS / (type == PL_KV_Q4_0 ? 2 : 1);
+}
+
+/* One token's K or V of one head, as float[head_dim]; `at` is its place in the block. */
+void pl_kv_put_key(int32_t type, int32_t head_dim, uint8_t *keys, int32_t at, const float *k);
+void pl_kv_put_value(int32_t type, int32_t head_dim, uint8_t *values, int32_t at, const float *v);
+void pl_kv_get_key(int32_t type, int32_t head_dim, const uint8_t *keys, int32_t at, float *k);
+void pl_kv_get_value(int32_t type, int32_t head_dim, const uint8_t *values, int32_t at, float *v);
 
 /* Copies n positions of one block list to another in one layer; K is rotated by dst_pos - src_pos if `frequencies` is given. */
 void pl_kv_copy_run(pl_kv *kv, int32_t layer, const int32_t *src_blocks, int32_t src_pos, const int32_t *dst_blocks,

@@ -392,9 +392,9 @@ static void prepare_head(const pl_run_state *s, const pl_op *op, float *x, const
     }
 }
 
-/* Prepares q in place, k in place, and stores k and v; an item is up to 32 tokens of a sequence and one group of heads. */
+/* Prepares q and k in place, and stores k and v; an item is what a sequence adds to one block, and one group of heads. */
 static void op_qkv(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    pl_kv *kv = s->program->kv;
+    const pl_kv *kv = s->program->kv;
     const int32_t n_head = op->n[1], group = n_head / kv->n_head_kv, head_dim = kv->head_dim;
     const int64_t q_stride = (int64_t)n_head * head_dim, kv_stride = (int64_t)kv->n_head_kv * head_dim;
     float *q = data_of(s, op->src[0]), *k = data_of(s, op->src[1]), *v = data_of(s, op->src[2]);
@@ -402,21 +402,28 @@ static void op_qkv(const pl_run_state *s, const pl_op *op, const pl_member *memb
     int32_t item = 0;
     for (int32_t i = 0; i < s->batch->n_sequences; i++) {
         const pl_sequence *sequence = &s->batch->sequences[i];
-        for (int32_t first = 0; first < sequence->n_tokens; first += PL_BLOCK_TOKENS) {
-            const int32_t n = PL_MIN(PL_BLOCK_TOKENS, sequence->n_tokens - first);
+        const int32_t last = sequence->n_past + sequence->n_tokens - 1; /* position */
+        for (int32_t block = sequence->n_past / PL_BLOCK_TOKENS; block <= last / PL_BLOCK_TOKENS; block++) {
+            const int32_t from = PL_MAX(sequence->n_past, block * PL_BLOCK_TOKENS);
+            const int32_t to = PL_MIN(last, block * PL_BLOCK_TOKENS + PL_BLOCK_TOKENS - 1);
             for (int32_t head = 0; head < kv->n_head_kv; head++) {
                 if (item++ % member->count != member->index) {
                     continue;
                 }
-                for (int64_t t = sequence->first + first; t < sequence->first + first + n; t++) {
+                uint8_t *keys = pl_kv_keys(kv, op->n[0], sequence->blocks[block], head);
+                uint8_t *values = pl_kv_values(kv, op->n[0], sequence->blocks[block], head);
+                for (int32_t position = from; position <= to; position++) {
+                    const int64_t t = sequence->first + position - sequence->n_past;
                     const float *table = tables ? tables + t * op->n[2] : NULL;
+                    float *key = k + t * kv_stride + (int64_t)head * head_dim;
                     for (int32_t h = head * group; h < (head + 1) * group; h++) {
                         prepare_head(s, op, q + t * q_stride + (int64_t)h * head_dim, op->v[0], table, op->f[1], head_dim);
                     }
-                    prepare_head(s, op, k + t * kv_stride + (int64_t)head * head_dim, op->v[1], table, 1.0f, head_dim);
+                    prepare_head(s, op, key, op->v[1], table, 1.0f, head_dim);
+                    pl_kv_put_key(kv->key_type, head_dim, keys, position % PL_BLOCK_TOKENS, key);
+                    pl_kv_put_value(kv->value_type, head_dim, values, position % PL_BLOCK_TOKENS,
+                                    v + t * kv_stride + (int64_t)head * head_dim);
                 }
-                const int64_t at = (int64_t)(sequence->first + first) * kv_stride + (int64_t)head * head_dim;
-                pl_kv_store(kv, op->n[0], sequence, head, first, n, k + at, v + at, kv_stride);
             }
         }
     }

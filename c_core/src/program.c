@@ -226,8 +226,8 @@ static int32_t allocate_attention(pl_program *p, int32_t n_threads, pl_error *er
     if (!most_heads) {
         return 0;
     }
-    p->attention_scratch_bytes = pl_attention_scratch_bytes(most_heads, p->kv->n_head_kv, p->kv->head_dim,
-                                                            p->kv->n_blocks * PL_BLOCK_TOKENS, n_threads);
+    p->attention_scratch_bytes = pl_attention_scratch_bytes(most_heads, p->kv->n_head_kv, p->kv->head_dim, p->kv->n_blocks,
+                                                            n_threads);
     p->attention_scratch = pl_alloc((size_t)p->attention_scratch_bytes, err);
     return p->attention_scratch ? 0 : -1;
 }
@@ -315,6 +315,9 @@ static int32_t check_blocks(const pl_kv *kv, const int32_t *blocks, int32_t n_bl
     }
     if (positions > (int64_t)n_blocks * PL_BLOCK_TOKENS) {
         return pl_fail(err, "%lld positions do not fit into %d blocks", (long long)positions, n_blocks);
+    }
+    if (n_blocks > kv->n_blocks) { /* attention's working memory is made for sequences that the store can hold */
+        return pl_fail(err, "a sequence of %d blocks; the store has %d", n_blocks, kv->n_blocks);
     }
     for (int32_t i = 0; i < n_blocks; i++) {
         if (blocks[i] < 0 || blocks[i] >= kv->n_blocks) {

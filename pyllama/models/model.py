@@ -22,12 +22,13 @@ from pyllama.models import gemma3, llama
 from pyllama.models.hparams import Hparams, ModelError, RopeOptions
 from pyllama.models.weights import Weights
 
-__all__ = ["ARCHITECTURES", "Model", "SequenceInput", "load"]
+__all__ = ["ARCHITECTURES", "KV_TYPES", "Model", "SequenceInput", "load"]
 
 ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "gemma3": gemma3}
 """``general.architecture`` → the module with its ``read_hparams`` and ``build``."""
 
-_KV_TYPES = {"f16": lib.PL_KV_F16, "f32": lib.PL_KV_F32}
+KV_TYPES = {"f32": lib.PL_KV_F32, "f16": lib.PL_KV_F16, "q8_0": lib.PL_KV_Q8_0, "q4_0": lib.PL_KV_Q4_0}
+"""What keys and values can be kept as. The quantized ones are GGUF's: 32 elements of a head share a scale."""
 _SPARE_BLOCKS = 2  # beyond n_ctx: room for a copied block and for a partly filled one
 
 
@@ -50,7 +51,7 @@ class Model:
 
     def __init__(
         self, path: Path, gguf: GGUFFile, hp: Hparams, weights: Weights, *, n_ctx: int, n_batch: int, n_threads: int,
-        n_threads_batch: int, max_sequences: int, kv_type: str, pool: ThreadPool,
+        n_threads_batch: int, max_sequences: int, kv_types: tuple[str, str], pool: ThreadPool,
     ) -> None:  # fmt: skip
         self.path, self.hp = path, hp
         self.architecture = hp.architecture
@@ -72,8 +73,9 @@ class Model:
             )
         self.weights = weights
         self.kv = create(
-            lib.pl_kv_new, lib.pl_kv_free, hp.n_layer, self.n_blocks, hp.n_head_kv, hp.head_dim, _KV_TYPES[kv_type]
-        )
+            lib.pl_kv_new, lib.pl_kv_free, hp.n_layer, self.n_blocks, hp.n_head_kv, hp.head_dim,
+            *(KV_TYPES[name] for name in kv_types),
+        )  # fmt: skip
         self.program = graph.compile(max_tokens=n_batch, max_outputs=n_batch, kv=self.kv, pool=pool)
         self._tokens = np.zeros(n_batch, np.int32)
         self._outputs = np.zeros(n_batch, np.int32)
@@ -162,7 +164,7 @@ def load(
     n_threads_batch: int | None = None,
     n_batch: int = 512,
     max_sequences: int = 64,
-    kv_type: str = "f16",
+    kv_type: str | tuple[str, str] = "f16",
     mmap: bool = True,
     mlock: bool = False,
     rope: RopeOptions | None = None,
@@ -176,7 +178,8 @@ def load(
         n_threads_batch: threads of a step that reads a prompt; None: the same.
         n_batch: most new tokens of one run.
         max_sequences: most sequences of one run.
-        kv_type: ``f16`` or ``f32``.
+        kv_type: what keys and values are kept as, one of :data:`KV_TYPES`, or one for keys and one for values. The quantized
+            types need heads whose size is a multiple of 32.
         mmap: map the file instead of reading it.
         mlock: keep the weights in memory.
         rope: how to scale rotary positions, instead of what the file says.
@@ -188,8 +191,10 @@ def load(
         OSError: the file cannot be opened.
         ValueError: an argument is out of range.
     """
-    if kv_type not in _KV_TYPES:
-        raise ValueError(f"kv_type {kv_type!r}; one of {', '.join(_KV_TYPES)} is possible")
+    key_type, value_type = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
+    for kind in (key_type, value_type):
+        if kind not in KV_TYPES:
+            raise ValueError(f"keys or values as {kind!r}; one of {', '.join(KV_TYPES)} is possible")
     if n_ctx < 0 or n_batch < 1 or max_sequences < 1:
         raise ValueError("n_ctx cannot be negative; n_batch and max_sequences must be positive")
     n_threads = n_threads or os.cpu_count() or 1
@@ -208,7 +213,7 @@ def load(
             weights = Weights(gguf, pool, progress)
             model = Model(
                 path, gguf, hp, weights, n_ctx=n_ctx or hp.n_ctx_train, n_batch=n_batch, n_threads=n_threads,
-                n_threads_batch=n_threads_batch, max_sequences=max_sequences, kv_type=kv_type, pool=pool,
+                n_threads_batch=n_threads_batch, max_sequences=max_sequences, kv_types=(key_type, value_type), pool=pool,
             )  # fmt: skip
         except (CoreError, ValueError) as error:
             raise ModelError(f"{path.name}: {error}") from error

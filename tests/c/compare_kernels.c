@@ -5,7 +5,7 @@
  *
  * Linked with the core's sources. Prints one line for each set and for each difference; exits with the number of differences.
  */
-#include "cpu/kernels.h"
+#include "compare.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -13,23 +13,23 @@
 
 static int differences;
 
-static void differ(const char *set, const char *what, int32_t a, int32_t b) {
+void differ(const char *set, const char *what, int32_t a, int32_t b) {
     printf("%s: %s differs (%d, %d)\n", set, what, a, b);
     differences++;
 }
 
 static uint32_t state = 1;
 
-static uint32_t random_bits(void) { /* xorshift: Marsaglia 2003 */
+uint32_t random_bits(void) { /* xorshift: Marsaglia 2003 */
     state ^= state << 13;
     state ^= state >> 17;
     state ^= state << 5;
     return state;
 }
 
-static float random_float(void) { return (float)random_bits() / 2147483648.0f - 1.0f; }
+float random_float(void) { return (float)random_bits() / 2147483648.0f - 1.0f; }
 
-static bool close_to(const float *a, const float *b, int32_t n, float tolerance) {
+bool close_to(const float *a, const float *b, int32_t n, float tolerance) {
     for (int32_t i = 0; i < n; i++) {
         if (!(fabsf(a[i] - b[i]) <= tolerance)) {
             return false;
@@ -222,7 +222,7 @@ static void compare_rows(const pl_cpu_set *set) {
 }
 
 int main(void) {
-    static const char *const names[] = {"avx2", "avx512", "neon"};
+    static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16", "neon"};
     static const int32_t types[] = {PL_F32,  PL_F16,  PL_BF16, PL_Q4_0, PL_Q4_1, PL_Q5_0, PL_Q5_1,
                                     PL_Q8_0, PL_Q2_K, PL_Q3_K, PL_Q4_K, PL_Q5_K, PL_Q6_K};
     for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
@@ -240,6 +240,7 @@ int main(void) {
         }
         compare_quantization(set);
         compare_rows(set);
+        compare_attention(set);
     }
     return PL_MIN(differences, 100);
 }

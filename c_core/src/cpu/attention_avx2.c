@@ -17,9 +17,21 @@ static inline __attribute__((always_inline)) sixteen widen16(const uint16_t *p) 
     return v;
 }
 
+static inline __attribute__((always_inline)) float largest_of(sixteen v) {
+    __m256 halves[2];
+    memcpy(halves, &v, sizeof v);
+    const __m256 eight = _mm256_max_ps(halves[0], halves[1]);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
 #define WIDEN16(p) widen16(p)
+#define LARGEST(v) largest_of(v)
 #define ROWS 2
-#define COLUMNS 2
+#define SIZES(DO, x) DO(1, x) DO(2, x)
+#define COLUMNS(n) 2
+#define WIDEN_HALVES_FROM 4
 #define TABLE pl_attention_avx2
 #include "attention_vectors.h"
 #endif

@@ -1,10 +1,8 @@
 /* attention_avx512.c - attention with 512-bit registers. */
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "attention_avx512.h"
 
-#define WIDEN16(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
-#define ROWS 6
-#define COLUMNS 4
+#define WIDEN_HALVES_FROM INT32_MAX /* a piece is large enough to pay for widening on the way */
 #define TABLE pl_attention_avx512
 #include "attention_vectors.h"
 #endif

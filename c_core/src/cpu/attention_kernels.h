@@ -2,29 +2,55 @@
 #ifndef PL_ATTENTION_KERNELS_H
 #define PL_ATTENTION_KERNELS_H
 
-#include "common.h"
+#include "kv.h"
+
+/* Blocks that are taken into the rows together: a row's running maximum is looked at once in a span. */
+enum { PL_SPAN_BLOCKS = 4, PL_SPAN_TOKENS = PL_SPAN_BLOCKS * PL_BLOCK_TOKENS };
+
+/* What kernels read: the types of the store (enum pl_kv_type), and
+ * PL_KV_PAIRS: bfloat16, K as [head_dim / 2, rounded up][32][2], V as [32 / 2][width][2 tokens]. */
+enum { PL_KV_PAIRS = 4 };
+
+enum { PL_LANES = 16 }; /* floats of a widest register: what rows are padded to */
 
 /* Some rows of one key/value head on their way over the blocks. */
 typedef struct pl_attention_rows {
     int32_t n, head_dim;
     const float *const *q; /* [n] rows of head_dim */
-    float *max, *sum;      /* [n] */
-    float *total;          /* [n][head_dim], 64-byte aligned */
+    float *packed_q;       /* [n][width]: room for q in the form that the kernel likes; width is pl_kv_width(head_dim) */
+    float *max;            /* [n] */
+    float *sum;            /* [n][PL_LANES], 64-byte aligned: the row's sum is that of its lanes */
+    float *total;          /* [n][width], 64-byte aligned */
     float softcap;
 } pl_attention_rows;
 
+/* Some blocks of that head. */
+typedef struct pl_attention_span {
+    int32_t key_type, value_type;
+    const void *keys[PL_SPAN_BLOCKS], *values[PL_SPAN_BLOCKS];
+    /* What comes after each of them, to be fetched meanwhile. */
+    const void *next_keys[PL_SPAN_BLOCKS], *next_values[PL_SPAN_BLOCKS];
+    const int32_t *from, *to; /* [n]: the row sees the span's tokens [from, to), which may be none */
+} pl_attention_span;
+
 typedef struct pl_attention_kernels {
-    /* Takes one block into the rows. Row i sees the block's tokens [from[i], to[i]), which may be none. `keys` is
-     * [head_dim][32] and `values` [32][head_dim], halves or floats. */
-    void (*block)(pl_attention_rows *rows, const void *keys, const void *values, bool half, const int32_t *from,
-                  const int32_t *to);
-    /* Expands n halves (n a multiple of 16). */
-    void (*widen)(const uint16_t *from, int64_t n, float *to);
+    /* Types that `span` reads, as a set of bits. Others have to be widened. */
+    uint32_t reads;
+    /* What blocks are widened to, and from how many new tokens of a sequence on that pays for halves. f32 is never widened:
+     * who keeps floats wants the precision. */
+    int32_t wide_type, widen_halves_from;
+    /* Brings q into the form that goes with keys of a type; before the first span. */
+    void (*begin)(pl_attention_rows *rows, int32_t key_type);
+    /* Takes a span into the rows. */
+    void (*span)(pl_attention_rows *rows, const pl_attention_span *span);
+    /* One block and head as `wide_type`; of V the first n tokens, and what is paired with the last one is 0. */
+    void (*widen_keys)(int32_t type, int32_t head_dim, const void *keys, void *wide);
+    void (*widen_values)(int32_t type, int32_t head_dim, const void *values, int32_t n, void *wide);
 } pl_attention_kernels;
 
 extern const pl_attention_kernels pl_attention_scalar;
 #if defined(__x86_64__)
-extern const pl_attention_kernels pl_attention_avx2, pl_attention_avx512;
+extern const pl_attention_kernels pl_attention_avx2, pl_attention_avx512, pl_attention_avx512_bf16;
 #elif defined(__aarch64__)
 extern const pl_attention_kernels pl_attention_neon;
 #endif

@@ -17,9 +17,18 @@ static inline __attribute__((always_inline)) sixteen widen16(const uint16_t *p) 
     return v;
 }
 
+static inline __attribute__((always_inline)) float largest_of(sixteen v) {
+    float32x4_t fours[4];
+    memcpy(fours, &v, sizeof v);
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(fours[0], fours[1]), vmaxq_f32(fours[2], fours[3])));
+}
+
 #define WIDEN16(p) widen16(p)
+#define LARGEST(v) largest_of(v)
 #define ROWS 2
-#define COLUMNS 2
+#define SIZES(DO, x) DO(1, x) DO(2, x)
+#define COLUMNS(n) 2
+#define WIDEN_HALVES_FROM 4
 #define TABLE pl_attention_neon
 #include "attention_vectors.h"
 #endif

@@ -3,50 +3,43 @@
 
 #include <math.h>
 
-static float element(const void *p, bool half, int64_t index) {
-    return half ? pl_f16_to_f32(((const uint16_t *)p)[index]) : ((const float *)p)[index];
-}
+static void begin(pl_attention_rows *rows, int32_t key_type) { (void)rows, (void)key_type; }
 
-static void block(pl_attention_rows *rows, const void *keys, const void *values, bool half, const int32_t *from,
-                  const int32_t *to) {
+static void span(pl_attention_rows *rows, const pl_attention_span *span) {
     const int32_t head_dim = rows->head_dim;
-    const int64_t padded = pl_round_up(head_dim, 16);
+    float x[PL_KV_MOST_HEAD_DIM];
     for (int32_t r = 0; r < rows->n; r++) {
-        float scores[PL_BLOCK_TOKENS], largest = rows->max[r];
-        float *total = rows->total + r * padded;
-        for (int32_t t = from[r]; t < to[r]; t++) {
+        const int32_t from = span->from[r], to = span->to[r];
+        float scores[PL_SPAN_TOKENS], largest = rows->max[r], *total = rows->total + r * pl_kv_width(head_dim);
+        if (from >= to) {
+            continue;
+        }
+        for (int32_t t = from; t < to; t++) {
+            pl_kv_get_key(span->key_type, head_dim, span->keys[t / PL_BLOCK_TOKENS], t % PL_BLOCK_TOKENS, x);
             scores[t] = 0;
             for (int32_t d = 0; d < head_dim; d++) {
-                scores[t] += rows->q[r][d] * element(keys, half, (int64_t)d * PL_BLOCK_TOKENS + t);
+                scores[t] += rows->q[r][d] * x[d];
             }
             if (rows->softcap != 0) {
                 scores[t] = rows->softcap * tanhf(scores[t] / rows->softcap);
             }
             largest = fmaxf(largest, scores[t]);
         }
-        if (from[r] >= to[r]) {
-            continue;
-        }
-        const float shrink = expf(rows->max[r] - largest); /* exp(-inf) = 0 at a row's first block */
+        const float shrink = expf(rows->max[r] - largest); /* exp(-inf) = 0 at a row's first span */
         rows->max[r] = largest;
-        rows->sum[r] *= shrink;
+        rows->sum[r * PL_LANES] *= shrink;
         for (int32_t d = 0; d < head_dim; d++) {
             total[d] *= shrink;
         }
-        for (int32_t t = from[r]; t < to[r]; t++) {
+        for (int32_t t = from; t < to; t++) {
             const float p = expf(scores[t] - largest);
-            rows->sum[r] += p;
+            pl_kv_get_value(span->value_type, head_dim, span->values[t / PL_BLOCK_TOKENS], t % PL_BLOCK_TOKENS, x);
+            rows->sum[r * PL_LANES] += p;
             for (int32_t d = 0; d < head_dim; d++) {
-                total[d] += p * element(values, half, (int64_t)t * head_dim + d);
+                total[d] += p * x[d];
             }
         }
     }
 }
 
-static void widen(const uint16_t *from, int64_t n, float *to) {
-    for (int64_t i = 0; i < n; i++) {
-        to[i] = pl_f16_to_f32(from[i]);
-    }
-}
-
-const pl_attention_kernels pl_attention_scalar = {block, widen};
+const pl_attention_kernels pl_attention_scalar = {.reads = ~0u, .widen_halves_from = INT32_MAX, .begin = begin, .span = span};

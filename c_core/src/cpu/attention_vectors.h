@@ -2,10 +2,21 @@
  * attention_vectors.h - attention's inner loops over vectors of 16 floats, in the compiler's portable vector type; included
  * by each instruction set's file after it has defined
  *
- *   WIDEN16(p)   16 halves at p as 16 floats
- *   ROWS         rows that are taken together: as many as the registers hold
- *   COLUMNS      vectors of V that are taken together
- *   TABLE        the name of the kernel table
+ *   WIDEN16(p)          16 halves at p as 16 floats
+ *   LARGEST(v)          the largest lane
+ *   ROWS, SIZES(DO, x)  how many rows are taken together at most, and DO(n, x) for each number that may be
+ *   COLUMNS(n)          vectors of V that n rows take together, at most 4
+ *   WIDEN_HALVES_FROM   see attention_kernels.h
+ *   TABLE               the name of the kernel table
+ *
+ * and, if it has instructions for them,
+ *
+ *   ROUND(x)            to whole numbers
+ *   SCALE(x, n)         x * 2^n
+ *   LARGER(a, b)        lane by lane; b if one of them is not a number
+ *   PAIRS(a, b)         two vectors of 16 floats as 16 pairs (a[i], b[i]) of bfloat16
+ *   NEIGHBOURS(a, b)    the same as pairs (a[0], a[1]), (a[2], a[3]) ... (b[14], b[15])
+ *   ADD_PAIRS(s, x, y)  s + the products of both numbers of each pair
  */
 #include "attention_kernels.h"
 
@@ -14,214 +25,436 @@
 #pragma GCC diagnostic ignored "-Wpsabi" /* every function with such an argument is inlined */
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define LOG2_E 1.44269504f
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 
-INLINE floats all(float x) { return x - (floats){0}; }
+#ifdef PAIRS
+enum { WIDE = PL_KV_PAIRS };
+#else
+enum { WIDE = PL_KV_F32 };
+#endif
 
-INLINE floats load(const void *p, bool half, int64_t index) {
-    if (half) {
-        return WIDEN16((const uint16_t *)p + index);
-    }
+/* `x` may be the bits of a pair, on which no arithmetic may be done. */
+INLINE floats all(float x) { return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+INLINE floats load(const float *p) {
     floats v;
-    memcpy(&v, (const float *)p + index, sizeof v);
+    memcpy(&v, p, sizeof v);
     return v;
+}
+
+INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
+
+/* 16 elements (of pairs: 16 pairs). */
+INLINE floats load_as(int type, const void *p, int64_t index) {
+    return type == PL_KV_F16 ? WIDEN16((const uint16_t *)p + index) : load((const float *)p + index);
+}
+
+INLINE floats multiply_add(int type, floats sum, floats x, floats y) {
+#ifdef PAIRS
+    if (type == PL_KV_PAIRS) {
+        return ADD_PAIRS(sum, x, y);
+    }
+#endif
+    (void)type;
+    return sum + x * y;
+}
+
+/* 2^x for |x| <= 1/2: Cephes' polynomial (Moshier). */
+INLINE floats polynomial(floats x) {
+    floats p = all(1.535336188319500e-4f);
+    p = p * x + all(1.339887440266574e-3f);
+    p = p * x + all(9.618437357674640e-3f);
+    p = p * x + all(5.550332471162809e-2f);
+    p = p * x + all(2.402264791363012e-1f);
+    p = p * x + all(6.931472028550421e-1f);
+    return p * x + all(1.0f);
 }
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
-/* e^x for x <= 0, 0 below -87: Cephes' polynomial (Moshier) on |rest| <= ln(2)/2. */
-INLINE floats exponential(floats x) {
+/* 2^x; 0 far below. */
+INLINE floats power_of_two(floats x) {
+#ifdef SCALE
+    x = LARGER(all(-200.0f), x);
+    const floats n = ROUND(x);
+    return SCALE(polynomial(x - n), n);
+#else
     const floats magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to whole numbers */
-    const ints tiny = x < all(-87.0f);
-    x = choose(tiny, all(-87.0f), x);
-    const floats n = (x * all(1.44269504f) + magic) - magic;
-    const floats r = (x - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
-    floats p = all(1.9875691500e-4f);
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    p = p * (r * r) + (r + all(1.0f));
-    const ints scale = (__builtin_convertvector(n, ints) + 127) << 23;
-    return choose(tiny, all(0.0f), p * (floats)scale);
+    x = choose(x < all(-127.0f), all(-127.0f), x);
+    const floats n = (x + magic) - magic;
+    const ints scale = (__builtin_convertvector(n, ints) + 127) << 23; /* 0 for -127 */
+    return polynomial(x - n) * (floats)scale;
+#endif
 }
 
-INLINE float largest_of(floats a) {
-    float m = a[0];
-    for (int i = 1; i < 16; i++) {
-        m = m > a[i] ? m : a[i];
-    }
-    return m;
+/* cap * tanh(x / cap) */
+INLINE floats cap_softly(floats x, float cap) {
+    const ints sign = (ints)x & INT32_MIN;
+    const floats size = (floats)((ints)x & INT32_MAX);
+    const floats e = power_of_two(size * all(-2 * LOG2_E / cap)); /* e^(-2 size / cap) */
+    const floats y = all(cap) * (all(1.0f) - e) / (all(1.0f) + e);
+    return (floats)((ints)y | sign);
 }
 
-INLINE float sum_of(floats a) {
-    float s = 0;
-    for (int i = 0; i < 16; i++) {
-        s += a[i];
-    }
-    return s;
-}
+/* ---- scores of a block --------------------------------------------------------------------------------------------- */
 
-/* Scores of `n` rows and the block's 32 tokens. */
-INLINE void score(int n, bool half, const float *const *q, const void *keys, int32_t head_dim, floats scores[][2]) {
-    floats s[ROWS][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < n; r++) {
-        s[r][0] = s[r][1] = all(0.0f);
-    }
-    for (int32_t d = 0; d < head_dim; d++) {
-        const floats k0 = load(keys, half, (int64_t)d * PL_BLOCK_TOKENS), k1 = load(keys, half, (int64_t)d * PL_BLOCK_TOKENS + 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < n; r++) {
-            const floats x = all(q[r][d]);
-            s[r][0] += x * k0;
-            s[r][1] += x * k1;
+/*
+ * q of n rows times K of a block, [n_steps][32]; a step is an element, or a pair. q is packed as [n_steps / 16][n][16], so that
+ * one register finds all rows.
+ */
+INLINE void score(int n, int type, const float *q, const void *keys, const char *next, int32_t n_steps, float *scores) {
+    enum { MOST_APART = 4 };
+    const int apart = n == 1 ? MOST_APART : n <= ROWS / 4 ? 2 : 1; /* sums of their own, so that few rows fill the multipliers */
+    const int bytes = type == PL_KV_F16 ? 2 : 4;
+    floats s[MOST_APART][ROWS][2];
+    UNROLL for (int u = 0; u < apart; u++) {
+        UNROLL for (int r = 0; r < n; r++) {
+            s[u][r][0] = s[u][r][1] = all(0.0f);
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < n; r++) {
-        scores[r][0] = s[r][0];
-        scores[r][1] = s[r][1];
-    }
-}
-
-/* total[n][head_dim] += p[n][32] times V, `columns` vectors from column `at` on. */
-INLINE void weigh(int n, int columns, bool half, const float (*p)[PL_BLOCK_TOKENS], const void *values, int32_t head_dim,
-                  int32_t at, int32_t first, int32_t last, float *total) {
-    floats sum[ROWS][COLUMNS];
-#pragma GCC unroll 8
-    for (int r = 0; r < n; r++) {
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; c++) {
-            sum[r][c] = load(total + (int64_t)r * head_dim, false, at + 16 * c);
-        }
-    }
-    for (int32_t t = first; t < last; t++) {
-        floats v[COLUMNS];
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; c++) {
-            v[c] = load(values, half, (int64_t)t * head_dim + at + 16 * c);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < n; r++) {
-            const floats x = all(p[r][t]);
-#pragma GCC unroll 8
-            for (int c = 0; c < columns; c++) {
-                sum[r][c] += x * v[c];
+    for (int32_t step = 0; step < n_steps; step += PL_LANES, q += n * PL_LANES) {
+        const int32_t count = PL_MIN(PL_LANES, n_steps - step);
+        for (int32_t i = 0; i < count; i += apart) {
+            UNROLL for (int u = 0; u < apart; u++) {
+                if (u && i + u >= count) {
+                    break;
+                }
+                const int64_t at = (int64_t)(step + i + u) * PL_BLOCK_TOKENS;
+                __builtin_prefetch(next + at * bytes);
+                const floats k0 = load_as(type, keys, at), k1 = load_as(type, keys, at + PL_LANES);
+                UNROLL for (int r = 0; r < n; r++) {
+                    const floats x = all(q[r * PL_LANES + i + u]);
+                    s[u][r][0] = multiply_add(type, s[u][r][0], x, k0);
+                    s[u][r][1] = multiply_add(type, s[u][r][1], x, k1);
+                }
             }
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < n; r++) {
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; c++) {
-            memcpy(total + (int64_t)r * head_dim + at + 16 * c, &sum[r][c], sizeof(floats));
+    UNROLL for (int r = 0; r < n; r++) {
+        UNROLL for (int half = 0; half < 2; half++) {
+            UNROLL for (int u = 1; u < apart; u++) {
+                s[0][r][half] += s[u][r][half];
+            }
+            store(scores + r * PL_SPAN_TOKENS + PL_LANES * half, s[0][r][half]);
         }
     }
 }
 
-/* The running softmax of one row: scores become weights, what was summed before shrinks. */
-INLINE void soften(pl_attention_rows *rows, int32_t r, floats s[2], int32_t from, int32_t to, float *p) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    float *total = rows->total + (int64_t)r * rows->head_dim;
-    if (from >= to) {
-        memset(p, 0, sizeof(float) * PL_BLOCK_TOKENS);
-        return;
-    }
-    if (rows->softcap != 0) {
-        for (int i = 0; i < PL_BLOCK_TOKENS; i++) {
-            s[i / 16][i % 16] = rows->softcap * tanhf(s[i / 16][i % 16] / rows->softcap);
-        }
-    }
-    if (from > 0 || to < PL_BLOCK_TOKENS) {
-        for (int h = 0; h < 2; h++) {
-            s[h] = choose((lane + 16 * h >= from) & (lane + 16 * h < to), s[h], all(-INFINITY));
-        }
-    }
-    const float before = rows->max[r], here = largest_of(choose(s[0] > s[1], s[0], s[1]));
-    if (here > before) {
-        const float shrink = expf(before - here);
-        rows->max[r] = here;
-        rows->sum[r] *= shrink;
-        for (int32_t d = 0; d < rows->head_dim; d++) {
-            total[d] *= shrink;
-        }
-    }
-    const floats p0 = exponential(s[0] - all(rows->max[r])), p1 = exponential(s[1] - all(rows->max[r]));
-    rows->sum[r] += sum_of(p0 + p1);
-    memcpy(p, &p0, sizeof p0);
-    memcpy(p + 16, &p1, sizeof p1);
-}
-
-/* `n` rows from row `r` on; n and half are constants after inlining. */
-INLINE void some_rows(int n, bool half, pl_attention_rows *rows, int32_t r, const void *keys, const void *values,
-                      const int32_t *from, const int32_t *to) {
-    floats scores[ROWS][2];
-    float p[ROWS][PL_BLOCK_TOKENS];
-    const int32_t head_dim = rows->head_dim;
-    int32_t first = PL_BLOCK_TOKENS, last = 0;
-    for (int i = 0; i < n; i++) {
-        if (from[r + i] < to[r + i]) {
-            first = PL_MIN(first, from[r + i]);
-            last = PL_MAX(last, to[r + i]);
-        }
-    }
-    if (first >= last) {
-        return;
-    }
-    score(n, half, rows->q + r, keys, head_dim, scores);
-    for (int i = 0; i < n; i++) {
-        soften(rows, r + i, scores[i], from[r + i], to[r + i], p[i]);
-    }
-    float *total = rows->total + (int64_t)r * head_dim;
-    int32_t at = 0;
-    for (; at + 16 * COLUMNS <= head_dim; at += 16 * COLUMNS) {
-        weigh(n, COLUMNS, half, p, values, head_dim, at, first, last, total);
-    }
-    for (; at < head_dim; at += 16) {
-        weigh(n, 1, half, p, values, head_dim, at, first, last, total);
-    }
-}
-
-#define CASE(n)                                                                                                             \
+#define SCORE(n, type)                                                                                                      \
     case n:                                                                                                                 \
-        if (half) {                                                                                                         \
-            some_rows(n, true, rows, r, keys, values, from, to);                                                            \
-        } else {                                                                                                            \
-            some_rows(n, false, rows, r, keys, values, from, to);                                                           \
-        }                                                                                                                   \
+        score(n, type, q, keys, next, n_steps, scores);                                                                     \
         break;
 
-static void block(pl_attention_rows *rows, const void *keys, const void *values, bool half, const int32_t *from,
-                  const int32_t *to) {
-    if (rows->head_dim % 16) {
-        pl_attention_scalar.block(rows, keys, values, half, from, to);
-        return;
+static void score_block(int32_t n, int32_t type, const float *q, const void *keys, const void *next, int32_t head_dim,
+                        float *scores) {
+    const int32_t n_steps = type == PL_KV_PAIRS ? (head_dim + 1) / 2 : head_dim;
+    if (type == PL_KV_F16) {
+        switch (n) { SIZES(SCORE, PL_KV_F16) }
+    } else if (type == PL_KV_F32) {
+        switch (n) { SIZES(SCORE, PL_KV_F32) }
+    } else {
+        switch (n) { SIZES(SCORE, WIDE) }
     }
-    for (int32_t r = 0; r < rows->n; r += ROWS) {
-        switch (PL_MIN(ROWS, rows->n - r)) {
-            CASE(1)
-            CASE(2)
-#if ROWS >= 4
-            CASE(3)
-            CASE(4)
+}
+
+/* ---- weights of a span --------------------------------------------------------------------------------------------- */
+
+/* The running softmax of row r: the scores of the span's vectors [begin, end) become weights, 0 where the row does not look.
+ * Returns by how much what was summed before shrinks. */
+INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, int32_t to, int32_t begin, int32_t end) {
+    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (from >= to) {
+        memset(s, 0, sizeof(float) * PL_SPAN_TOKENS);
+        return 1.0f;
+    }
+    floats largest = all(-INFINITY);
+    for (int32_t v = begin; v < end; v++) {
+        floats x = load(s + v * PL_LANES);
+        if (rows->softcap != 0) {
+            x = cap_softly(x, rows->softcap);
+        }
+        if (from > v * PL_LANES || to < (v + 1) * PL_LANES) {
+            x = choose((lane + v * PL_LANES >= from) & (lane + v * PL_LANES < to), x, all(-INFINITY));
+        }
+        largest = choose(x > largest, x, largest);
+        store(s + v * PL_LANES, x);
+    }
+    const float here = LARGEST(largest);
+    float shrink = 1.0f;
+    if (here > rows->max[r]) {
+        shrink = expf(rows->max[r] - here); /* exp(-inf) = 0 at a row's first span */
+        rows->max[r] = here;
+    }
+    const floats offset = all(rows->max[r] * LOG2_E);
+    floats sum = load(rows->sum + r * PL_LANES) * all(shrink);
+    for (int32_t v = begin; v < end; v++) {
+        const floats p = power_of_two(load(s + v * PL_LANES) * all(LOG2_E) - offset);
+        sum += p;
+        store(s + v * PL_LANES, p);
+    }
+    store(rows->sum + r * PL_LANES, sum);
+    return shrink;
+}
+
+#ifdef PAIRS
+/* Weights in the order of tokens as pairs, in place. */
+INLINE void pair_up(float *p, int32_t n_vectors) {
+    for (int32_t v = 0; v < n_vectors; v += 2) {
+        store(p + v / 2 * PL_LANES, NEIGHBOURS(load(p + v * PL_LANES), load(p + (v + 1) * PL_LANES)));
+    }
+}
 #endif
-#if ROWS >= 6
-            CASE(5)
-            CASE(6)
-#endif
+
+/* ---- weighted sums ------------------------------------------------------------------------------------------------- */
+
+/* total[n][width] = total * shrink + p[n][..] times V of tokens [first, last), `columns` vectors from column `at` on. */
+INLINE void weigh(int n, int columns, int type, const float *p, const pl_attention_span *span, int64_t width, int64_t at,
+                  int32_t first, int32_t last, const float *shrink, float *total) {
+    const int32_t tokens = type == PL_KV_PAIRS ? 2 : 1, bytes = type == PL_KV_F16 ? 2 : 4; /* tokens of a row of V */
+    floats sum[ROWS][4];
+    UNROLL for (int r = 0; r < n; r++) {
+        UNROLL for (int c = 0; c < columns; c++) {
+            sum[r][c] = load(total + r * width + at + PL_LANES * c) * all(shrink[r]);
+        }
+    }
+    for (int32_t block = first / PL_BLOCK_TOKENS; block * PL_BLOCK_TOKENS < last; block++) {
+        const int32_t base = block * PL_BLOCK_TOKENS / tokens;
+        const int32_t begin = PL_MAX(first / tokens, base);
+        const int32_t end = PL_MIN((last + tokens - 1) / tokens, base + PL_BLOCK_TOKENS / tokens);
+        const void *values = span->values[block];
+        const char *next = span->next_values[block];
+        for (int32_t t = begin; t < end; t++) {
+            const int64_t index = (t - base) * width + at;
+            UNROLL for (int c = 0; c < columns; c += 4 / bytes) {
+                __builtin_prefetch(next + (index + PL_LANES * c) * bytes);
+            }
+            floats v[4];
+            UNROLL for (int c = 0; c < columns; c++) {
+                v[c] = load_as(type, values, index + PL_LANES * c);
+            }
+            UNROLL for (int r = 0; r < n; r++) {
+                const floats x = all(p[r * PL_SPAN_TOKENS + t]);
+                UNROLL for (int c = 0; c < columns; c++) {
+                    sum[r][c] = multiply_add(type, sum[r][c], x, v[c]);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++) {
+        UNROLL for (int c = 0; c < columns; c++) {
+            store(total + r * width + at + PL_LANES * c, sum[r][c]);
         }
     }
 }
 
-static void widen(const uint16_t *from, int64_t n, float *to) {
-    for (int64_t i = 0; i < n; i += 16) {
-        const floats v = WIDEN16(from + i);
-        memcpy(to + i, &v, sizeof v);
+INLINE void weigh_all(int n, int type, const float *p, const pl_attention_span *span, int64_t width, int32_t first, int32_t last,
+                      const float *shrink, float *total) {
+    int64_t at = 0;
+    for (; at + PL_LANES * COLUMNS(n) <= width; at += PL_LANES * COLUMNS(n)) {
+        weigh(n, COLUMNS(n), type, p, span, width, at, first, last, shrink, total);
+    }
+    for (; at < width; at += PL_LANES) {
+        weigh(n, 1, type, p, span, width, at, first, last, shrink, total);
     }
 }
 
-const pl_attention_kernels TABLE = {block, widen};
+#define WEIGH(n, type)                                                                                                      \
+    case n:                                                                                                                 \
+        weigh_all(n, type, p, span, width, first, last, shrink, total);                                                     \
+        break;
+
+static void weigh_span(int32_t n, const float *p, const pl_attention_span *span, int64_t width, int32_t first, int32_t last,
+                       const float *shrink, float *total) {
+    if (span->value_type == PL_KV_F16) {
+        switch (n) { SIZES(WEIGH, PL_KV_F16) }
+    } else if (span->value_type == PL_KV_F32) {
+        switch (n) { SIZES(WEIGH, PL_KV_F32) }
+    } else {
+        switch (n) { SIZES(WEIGH, WIDE) }
+    }
+}
+
+/* ---- the whole ----------------------------------------------------------------------------------------------------- */
+
+/* How many of the rows that are left are taken together. */
+static int32_t piece_of(int32_t left) {
+    int32_t n = 1;
+#define TAKE(size, unused) n = size <= left ? size : n;
+    SIZES(TAKE, )
+    return n;
+}
+
+/* The elements of a row of q from d on, 0 behind its end. */
+INLINE floats q_elements(const float *q, int32_t d, int32_t head_dim) {
+    floats v = all(0.0f);
+    memcpy(&v, q + d, sizeof(float) * (size_t)PL_MAX(0, PL_MIN(PL_LANES, head_dim - d)));
+    return v;
+}
+
+static void begin(pl_attention_rows *rows, int32_t key_type) {
+    const int32_t head_dim = rows->head_dim, per_vector = key_type == PL_KV_PAIRS ? 2 * PL_LANES : PL_LANES;
+    for (int32_t r = 0, n; r < rows->n; r += n) {
+        n = piece_of(rows->n - r);
+        float *packed = rows->packed_q + r * pl_kv_width(head_dim);
+        for (int32_t d = 0; d < head_dim; d += per_vector, packed += n * PL_LANES) {
+            for (int32_t i = 0; i < n; i++) {
+                const float *q = rows->q[r + i];
+#ifdef PAIRS
+                if (key_type == PL_KV_PAIRS) {
+                    store(packed + i * PL_LANES,
+                          NEIGHBOURS(q_elements(q, d, head_dim), q_elements(q, d + PL_LANES, head_dim)));
+                    continue;
+                }
+#endif
+                store(packed + i * PL_LANES, q_elements(q, d, head_dim));
+            }
+        }
+    }
+}
+
+static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
+    _Alignas(64) float p[ROWS * PL_SPAN_TOKENS];
+    float shrink[ROWS];
+    const int64_t width = pl_kv_width(rows->head_dim);
+    for (int32_t r = 0, n; r < rows->n; r += n) {
+        n = piece_of(rows->n - r);
+        int32_t first = PL_SPAN_TOKENS, last = 0;
+        for (int32_t i = r; i < r + n; i++) {
+            if (span->from[i] < span->to[i]) {
+                first = PL_MIN(first, span->from[i]);
+                last = PL_MAX(last, span->to[i]);
+            }
+        }
+        if (first >= last) {
+            continue;
+        }
+        const int32_t begin = first / PL_BLOCK_TOKENS, end = (last + PL_BLOCK_TOKENS - 1) / PL_BLOCK_TOKENS; /* blocks */
+        for (int32_t block = begin; block < end; block++) {
+            score_block(n, span->key_type, rows->packed_q + r * width, span->keys[block], span->next_keys[block],
+                        rows->head_dim, p + block * PL_BLOCK_TOKENS);
+        }
+        for (int32_t i = 0; i < n; i++) {
+            float *own = p + i * PL_SPAN_TOKENS;
+            shrink[i] = soften(rows, r + i, own, span->from[r + i], span->to[r + i], 2 * begin, 2 * end);
+#ifdef PAIRS
+            if (span->value_type == PL_KV_PAIRS) {
+                pair_up(own, 2 * end);
+            }
+#endif
+        }
+        weigh_span(n, p, span, width, first, last, shrink, rows->total + r * width);
+    }
+}
+
+/* ---- widening ------------------------------------------------------------------------------------------------------ */
+
+/* Byte b of 16 fours of bytes, as codes: for q4_0, its lower or upper half. */
+INLINE floats code_of(int type, bool keys, ints fours, int b, int upper) {
+    if (type == PL_KV_Q4_0) {
+        return __builtin_convertvector(((fours >> (8 * b + 4 * upper)) & 15) - 8, floats);
+    }
+    return __builtin_convertvector(keys ? ((fours >> (8 * b)) & 255) - 128 : fours << (24 - 8 * b) >> 24, floats);
+}
+
+INLINE ints load_fours(const void *p) {
+    ints v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* 16 tokens' element d of K. */
+INLINE floats key_element(int type, int32_t head_dim, const void *keys, int32_t d, int32_t token) {
+    if (type == PL_KV_F16 || type == PL_KV_F32) {
+        return load_as(type, keys, (int64_t)d * PL_BLOCK_TOKENS + token);
+    }
+    const int32_t fours = type == PL_KV_Q4_0 ? d / 8 : d / 4;
+    const uint16_t *scales = (const uint16_t *)((const uint8_t *)keys + pl_kv_scales(type, head_dim));
+    return code_of(type, true, load_fours((const uint8_t *)keys + (fours * PL_BLOCK_TOKENS + token) * 4), d % 4, d / 4 % 2) *
+           WIDEN16(scales + d / PL_KV_GROUP * PL_BLOCK_TOKENS + token);
+}
+
+/* A token's V from column d on, 16 columns. */
+INLINE floats value_elements(int type, int32_t head_dim, const void *values, int32_t token, int32_t d) {
+    if (type == PL_KV_F16 || type == PL_KV_F32) {
+        return load_as(type, values, token * pl_kv_width(head_dim) + d);
+    }
+    const int32_t columns = type == PL_KV_Q4_0 ? head_dim / 2 : head_dim;
+    const int32_t column = type == PL_KV_Q4_0 ? d / PL_KV_GROUP * 16 : d;
+    const uint16_t *scales = (const uint16_t *)((const uint8_t *)values + pl_kv_scales(type, head_dim));
+    return code_of(type, false, load_fours((const uint8_t *)values + (token / 4 * columns + column) * 4), token % 4, d / 16 % 2) *
+           all(pl_f16_to_f32(scales[d / PL_KV_GROUP * PL_BLOCK_TOKENS + token]));
+}
+
+INLINE void widen_keys_of(int type, int32_t head_dim, const void *keys, float *wide) {
+    for (int32_t token = 0; token < PL_BLOCK_TOKENS; token += PL_LANES) {
+#ifdef PAIRS
+        for (int32_t d = 0; d < head_dim; d += 2) {
+            store(wide + d / 2 * PL_BLOCK_TOKENS + token,
+                  PAIRS(key_element(type, head_dim, keys, d, token),
+                        d + 1 < head_dim ? key_element(type, head_dim, keys, d + 1, token) : all(0.0f)));
+        }
+#else
+        for (int32_t d = 0; d < head_dim; d++) {
+            store(wide + d * PL_BLOCK_TOKENS + token, key_element(type, head_dim, keys, d, token));
+        }
+#endif
+    }
+}
+
+INLINE void widen_values_of(int type, int32_t head_dim, const void *values, int32_t n, float *wide) {
+    const int64_t width = pl_kv_width(head_dim);
+    for (int32_t d = 0; d < width; d += PL_LANES) {
+#ifdef PAIRS
+        for (int32_t t = 0; t < n; t += 2) {
+            store(wide + t / 2 * width + d, PAIRS(value_elements(type, head_dim, values, t, d),
+                                                  t + 1 < n ? value_elements(type, head_dim, values, t + 1, d) : all(0.0f)));
+        }
+#else
+        for (int32_t t = 0; t < n; t++) {
+            store(wide + t * width + d, value_elements(type, head_dim, values, t, d));
+        }
+#endif
+    }
+}
+
+static void widen_keys(int32_t type, int32_t head_dim, const void *keys, void *wide) {
+    switch (type) {
+    case PL_KV_F16:
+        widen_keys_of(PL_KV_F16, head_dim, keys, wide);
+        break;
+    case PL_KV_Q8_0:
+        widen_keys_of(PL_KV_Q8_0, head_dim, keys, wide);
+        break;
+    default: /* floats are never widened */
+        widen_keys_of(PL_KV_Q4_0, head_dim, keys, wide);
+        break;
+    }
+}
+
+static void widen_values(int32_t type, int32_t head_dim, const void *values, int32_t n, void *wide) {
+    switch (type) {
+    case PL_KV_F16:
+        widen_values_of(PL_KV_F16, head_dim, values, n, wide);
+        break;
+    case PL_KV_Q8_0:
+        widen_values_of(PL_KV_Q8_0, head_dim, values, n, wide);
+        break;
+    default:
+        widen_values_of(PL_KV_Q4_0, head_dim, values, n, wide);
+        break;
+    }
+}
+
+const pl_attention_kernels TABLE = {
+    .reads = 1u << PL_KV_F16 | 1u << PL_KV_F32,
+    .wide_type = WIDE,
+    .widen_halves_from = WIDEN_HALVES_FROM,
+    .begin = begin,
+    .span = take_span,
+    .widen_keys = widen_keys,
+    .widen_values = widen_values,
+};

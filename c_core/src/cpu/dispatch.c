@@ -13,6 +13,7 @@ static bool runs_avx512(void) {
     return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
+static bool runs_avx512_bf16(void) { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 static bool runs_neon(void) { return (getauxval(AT_HWCAP) & (1 << 20)) != 0; /* HWCAP_ASIMDDP: dot products */ }
@@ -28,6 +29,7 @@ typedef struct candidate {
 /* Best first. */
 static const candidate candidates[] = {
 #if defined(__x86_64__)
+    {runs_avx512_bf16, {"avx512_bf16", &pl_kernels_avx512, &pl_attention_avx512_bf16}},
     {runs_avx512, {"avx512", &pl_kernels_avx512, &pl_attention_avx512}},
     {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2}},
 #elif defined(__aarch64__)
