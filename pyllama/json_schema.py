@@ -862,7 +862,7 @@ class _Converter:
         try:
             return written(self.rules, hint + "-text", languages, low, high, Rule("char"), wanted)
         except PatternError as error:
-            _fail(term.where, f"{' and '.join(_shown(s) for s, _ in term.languages) or 'a name'}: {error}")
+            _fail(term.where, f"{' and '.join(s for s, _ in term.languages) or 'a name'}: {error}")
 
     def array(self, term: _Term, hint: str) -> Expression:
         n = term.n_prefix()
@@ -1100,10 +1100,12 @@ class _Keywords:
         return value
 
     def count(self, keyword: str, otherwise: Any) -> Any:
-        value = self.schema.get(keyword, otherwise)
-        if value is not otherwise and (not _is_integer(value) or value < 0):
+        if keyword not in self.schema:
+            return otherwise
+        value = self.schema[keyword]
+        if not _is_integer(value) or value < 0:
             self.node.below(keyword).fail(f"must be an integer, not negative, but is {_shown(value)}")
-        return value
+        return min(value, LARGEST)
 
     def types(self) -> frozenset[str] | None:
         if "type" not in self.schema:
