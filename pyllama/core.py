@@ -16,7 +16,8 @@ from typing import Any
 import cffi
 
 __all__ = [
-    "BLOCK_TOKENS", "CoreError", "ThreadPool", "call", "cpu_name", "create", "ffi", "interleave_memory", "lib", "memory_nodes",
+    "BLOCK_TOKENS", "CoreError", "ThreadPool", "call", "cpu_name", "create", "failure", "ffi", "interleave_memory", "lib",
+    "memory_nodes",
 ]  # fmt: skip
 
 
@@ -63,6 +64,11 @@ BLOCK_TOKENS: int = lib.PL_BLOCK_TOKENS
 """Tokens in one block of the key/value pool."""
 
 
+def failure(error: Any) -> CoreError:
+    """The exception for a ``pl_error *`` that the core has filled."""
+    return CoreError(ffi.string(error.message).decode("utf-8", "replace"))
+
+
 def call(function: Any, *args: Any) -> int:
     """Calls a core function whose last parameter is a ``pl_error *`` and whose result is negative on failure.
 
@@ -72,7 +78,7 @@ def call(function: Any, *args: Any) -> int:
     error = ffi.new("pl_error *")
     result = function(*args, error)
     if result < 0:
-        raise CoreError(ffi.string(error.message).decode("utf-8", "replace"))
+        raise failure(error)
     return result
 
 
@@ -85,7 +91,7 @@ def create(function: Any, free: Any, *args: Any) -> Any:
     error = ffi.new("pl_error *")
     pointer = function(*args, error)
     if pointer == ffi.NULL:
-        raise CoreError(ffi.string(error.message).decode("utf-8", "replace"))
+        raise failure(error)
     return ffi.gc(pointer, free)
 
 

@@ -162,8 +162,10 @@ class _Text:
             What is safe to send, if anything. When a stop string is complete, ``stopping_word`` is set, and nothing comes
             after that.
         """
-        self._samples.append((sample, len(self._held)))
         piece = self._decoder.push(sample.token)
+        if piece and not (self._stop or self._samples):
+            return Token(piece, (sample.token,), (sample,))
+        self._samples.append((sample, len(self._held)))
         if not piece:
             return None
         self._held += piece

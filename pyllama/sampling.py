@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .core import CoreError, call, ffi, lib
+from .core import call, failure, ffi, lib
 from .grammar import Grammar, Matcher, token_trie
 
 __all__ = ["Sample", "Sampler", "SamplingError", "SamplingParams", "Step", "Vocabulary", "make_chain"]
@@ -330,7 +330,7 @@ class Sampler:
         core = self._core
         n = function(core, ffi.from_buffer("float[]", logits), self._random(), self._error)
         if n < 0:
-            raise CoreError(ffi.string(self._error.message).decode())
+            raise failure(self._error)
         return core.tokens[core.chosen] if n else None
 
     def _is_permitted(self, token: int) -> bool:

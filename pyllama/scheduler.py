@@ -77,10 +77,8 @@ class Chunk:
 
     sequence: Sequence
     n: int
-
-    @property
-    def is_last(self) -> bool:
-        return self.n == self.sequence.n_waiting
+    is_last: bool
+    """No token waits after them."""
 
 
 def truncated(prompt: list[int], n_keep: int, n_ctx: int) -> list[int]:
@@ -173,7 +171,7 @@ class Scheduler:
         for sequence in tuple(self.running):
             wants_one = sequence.generating and sequence.n_waiting == 1 and sequence in self.running
             if wants_one and len(chunks) < self.model.n_batch and self._make_room(sequence, 1):
-                chunks.append(Chunk(sequence, 1))
+                chunks.append(Chunk(sequence, 1, True))
         if len(chunks) < len(self.running):
             self._add_prompts(chunks)
         return [chunk for chunk in chunks if chunk.sequence in self.running]
@@ -196,7 +194,7 @@ class Scheduler:
                 continue  # another sequence has it in this batch; it will be shared in the next
             n = min(sequence.n_waiting, budget, self.model.n_ctx - sequence.n_evaluated)
             if n > 0 and self._make_room(sequence, n):
-                chunks.append(Chunk(sequence, n))
+                chunks.append(Chunk(sequence, n, n == sequence.n_waiting))
                 budget -= n
                 if block is not None:
                     computed_now.add(block)
@@ -210,7 +208,10 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, n: int) -> bool:
         """Blocks for the sequence's next ``n`` tokens, if need be by preempting younger ones or dropping its own oldest tokens.
         False: it has to wait for older ones."""
-        if sequence.n_evaluated + n > self.model.n_ctx and not self._shift(sequence):
+        end = sequence.n_evaluated + n
+        if end <= min(len(sequence.table.blocks) * self.cache.block_tokens, self.model.n_ctx):
+            return True
+        if end > self.model.n_ctx and not self._shift(sequence):
             return False
         while not self.cache.reserve(sequence.table, sequence.n_evaluated + n):
             if not self._preempt_younger(sequence):

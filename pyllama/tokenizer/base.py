@@ -78,6 +78,9 @@ FIM_FILE = ("<|file_sep|>",)
 END_OF_GENERATION = (*END_OF_TURN, *END_OF_MESSAGE, "[EOS]", "<eos>", "<|return|>", "<|call|>")
 
 
+_CONTROL = (lib.PL_TOKEN_CONTROL, lib.PL_TOKEN_UNKNOWN)
+
+
 class StreamDecoder:
     """Decodes one token after the other and never gives out a part of a character."""
 
@@ -88,7 +91,10 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The characters that ``token`` completes. Raises ``ValueError`` when it is not in the vocabulary."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token, special=self._special))
+        data = self._tokenizer.token_bytes(token, special=self._special)
+        if data.isascii() and not self._utf8.buffer:  # nearly always, and much faster
+            return data.decode("ascii")
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, else nothing."""
@@ -97,7 +103,7 @@ class StreamDecoder:
     @property
     def pending(self) -> bool:
         """Is the beginning of a character being held back?"""
-        return self._utf8.getstate()[0] != b""
+        return self._utf8.buffer != b""
 
 
 class Tokenizer(ABC):
@@ -262,8 +268,8 @@ class Tokenizer(ABC):
         Raises:
             ValueError: there is no such token.
         """
-        raw = self._raw(token)
-        if self._is_control(token):
+        if not 0 <= token < self.n_vocab or self._types[token] in _CONTROL:
+            raw = self._raw(token)
             return raw if special else b""
         return self._decoded[self._decoded_starts[token] : self._decoded_starts[token + 1]]
 
@@ -302,7 +308,7 @@ class Tokenizer(ABC):
         return self._texts[self._starts[token] : self._starts[token + 1]]
 
     def _is_control(self, token: int) -> bool:
-        return self._types[token] in (lib.PL_TOKEN_CONTROL, lib.PL_TOKEN_UNKNOWN)
+        return self._types[token] in _CONTROL
 
     # ---- reading the metadata ----
 
