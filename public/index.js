@@ -1,112 +1,255 @@
-// The page at /: sends a prompt, shows the text as it comes, and how fast it came.
+// The page at /: puts its parts together. Each part is a module of its own:
+//
+//   session.js        the conversations, and the answers that are being written; no DOM
+//   server.js         requests, waiting for the model, errors          (completion.js: the client itself)
+//   store.js          what the browser keeps
+//   chat.js, text.js  the two views of a conversation                  (markdown.js, tokens.js, images.js)
+//   conversations.js  the list at the left; settings.js the panel at the right
 
-import { llama, llamaModelInfo } from '/completion.js'
+import { ChatView } from './chat.js'
+import { ConversationList } from './conversations.js'
+import { $, ask, icon } from './dom.js'
+import { apiKey, describe, modelFacts } from './server.js'
+import { Session } from './session.js'
+import { Settings } from './settings.js'
+import { recall, remember } from './store.js'
+import { TextView } from './text.js'
+import { cardIsOpen, hideCard } from './tokens.js'
 
-const $ = (id) => document.getElementById(id)
-let controller = null
-
-function span(className, text = '') {
-  const element = document.createElement('span')
-  element.className = className
-  element.textContent = text
-  return element
-}
-
-function show(message, bad = false) {
-  $('status').textContent = message
-  $('status').classList.toggle('bad', bad)
-}
-
-function setBusy(busy) {
-  $('send').disabled = busy
-  $('stop').disabled = !busy
-  document.body.dataset.state = busy ? 'busy' : 'idle'
-}
-
-function speed({ timings, tokens_evaluated, stopped_limit, truncated }) {
-  const rate = (n, ms) => (ms > 0 ? `${((1000 * n) / ms).toFixed(1)} tokens/s` : '–')
-  const parts = [
-    `prompt: ${tokens_evaluated} tokens, ${timings.prompt_n} of them new, ${rate(timings.prompt_n, timings.prompt_ms)}`,
-    `answer: ${timings.predicted_n} tokens, ${rate(timings.predicted_n, timings.predicted_ms)}`,
-  ]
-  if (stopped_limit) parts.push('stopped at the limit')
-  if (truncated) parts.push('the context was exceeded')
-  return parts.join(' · ')
-}
-
-// Adds text to an element once a frame, however fast it comes: laying the page out for every token would hold it up.
-function writer(element, onPaint) {
-  let waiting = ''
-  let frame = 0
-  const paint = () => {
-    frame = 0
-    const atEnd = window.innerHeight + window.scrollY >= document.body.scrollHeight - 40
-    element.append(waiting)
-    waiting = ''
-    onPaint()
-    if (atEnd) window.scrollTo(0, document.body.scrollHeight)
-  }
-  return {
-    write(text) {
-      waiting += text
-      frame ||= requestAnimationFrame(paint)
-    },
-    end() {
-      cancelAnimationFrame(frame)
-      paint()
-    },
-  }
-}
-
-async function send() {
-  if (controller) return
-  const prompt = $('prompt').value
-  const params = { n_predict: $('n_predict').valueAsNumber, temperature: $('temperature').valueAsNumber }
-  const text = span('new')
-  $('output').replaceChildren(span('prompt', prompt), text)
-  controller = new AbortController()
-  const { signal } = controller
-  setBusy(true)
-  show('reading the prompt …')
-  const began = performance.now()
-  let n = 0
-  const output = writer(text, () => show(`${n} tokens in ${((performance.now() - began) / 1000).toFixed(1)} s`))
-  let message = ''
-  let bad = false
-  try {
-    for await (const { data } of llama(prompt, params, { controller })) {
-      n += 1
-      output.write(data.content)
-      if (data.stop) message = speed(data)
-    }
-  } catch (error) {
-    bad = !signal.aborted
-    message = bad ? error.message : `stopped after ${n} tokens`
-  } finally {
-    output.end()
-    show(message, bad)
-    controller = null
-    setBusy(false)
-  }
-}
-
-function stop() {
-  controller?.abort()
-}
-
-$('form').addEventListener('submit', (event) => {
-  event.preventDefault()
-  send()
+const settings = new Settings()
+const session = new Session({ settings, askForKey })
+const chat = new ChatView(session)
+const text = new TextView(session)
+const list = new ConversationList(session, () => {
+  if (isNarrow()) panels.side.close()
+  focusField()
 })
-$('stop').addEventListener('click', stop)
-window.addEventListener('pagehide', stop)
+chat.notify = list.notify = notify
+
+const view = () => (session.current.mode === 'chat' ? chat : text)
+
+session.addEventListener('list', () => list.show())
+session.addEventListener('select', showCurrent)
+session.addEventListener('change', ({ detail }) => {
+  if (detail !== session.current) return
+  showTitle()
+  view().change()
+})
+session.addEventListener('grow', ({ detail }) => {
+  if (detail === session.current) view().paint()
+})
+session.addEventListener('trouble', ({ detail }) => notify(detail))
+
+function showCurrent() {
+  const { mode } = session.current
+  $('chat').hidden = mode !== 'chat'
+  $('text').hidden = mode !== 'text'
+  document.querySelector('.skip').href = mode === 'chat' ? '#message' : '#document'
+  for (const radio of document.getElementsByName('mode')) radio.checked = radio.value === mode
+  showTitle()
+  view().show()
+}
+
+function showTitle() {
+  const { title } = session.current
+  $('title').textContent = title || (session.current.mode === 'chat' ? 'New chat' : 'New text')
+  document.title = title ? `${title} – pyllama` : 'pyllama'
+}
+
+function focusField() {
+  const field = $(session.current.mode === 'chat' ? 'message' : 'document')
+  if (!matchMedia('(pointer: coarse)').matches) field.focus()  // on a phone the keyboard would jump up
+}
+
+for (const radio of document.getElementsByName('mode')) {
+  radio.addEventListener('change', () => {
+    const { mode } = session.current
+    if (radio.value === mode) return
+    session.create(radio.value)
+  })
+}
+
+// ---- notices ------------------------------------------------------------------------------------------------------------
+
+function notify(message) {
+  $('notice-text').textContent = message
+  $('notice').hidden = !message
+}
+
+$('notice-close').addEventListener('click', () => {
+  notify('')
+  focusField()
+})
+
+// Asks for the server's key, as often as it is refused; only one such question at a time.
+let question = null
+function askForKey() {
+  question ??= ask({
+    title: 'This server has an API key',
+    text: apiKey.get() ? 'The key that is kept here is not the right one.' : 'It answers only those who know it.',
+    field: 'API key', type: 'password', confirm: 'Use this key',
+  }).then((key) => {
+    question = null
+    if (!key) return false
+    apiKey.set(key)
+    $('key').value = key
+    return true
+  })
+  return question
+}
+
+$('key').value = apiKey.get()
+$('key').addEventListener('change', () => apiKey.set($('key').value))
+
+// ---- panels ---------------------------------------------------------------------------------------------------------------
+
+// The side panels stand beside the conversation where there is room, and lie over it where there is not: then nothing behind
+// them can be reached until they are closed.
+const isNarrow = () => matchMedia('(max-width: 760px)').matches
+const isMedium = () => matchMedia('(max-width: 1120px)').matches
+
+class Panel {
+  constructor(name, { panel, opener, closer, covers }) {
+    Object.assign(this, { name, panel, opener, closer, covers })
+    opener.addEventListener('click', () => this.toggle())
+    closer.addEventListener('click', () => this.close(true))
+  }
+
+  get isOpen() {
+    return !this.panel.hidden
+  }
+
+  toggle() {
+    if (this.isOpen) this.close(true)
+    else this.open(true)
+  }
+
+  open(isAsked = false) {
+    this.panel.hidden = false
+    this.#update()
+    if (isAsked) this.closer.focus()
+  }
+
+  close(isAsked = false) {
+    this.panel.hidden = true
+    this.#update()
+    if (isAsked) this.opener.focus()
+  }
+
+  #update() {
+    this.opener.setAttribute('aria-expanded', String(this.isOpen))
+    if (!this.covers()) remember(this.name, this.isOpen)
+    layOut()
+  }
+}
+
+const panels = {
+  side: new Panel('side', { panel: $('side'), opener: $('show-side'), closer: $('hide-side'), covers: isNarrow }),
+  settings: new Panel('settings-open', { panel: $('settings'), opener: $('show-settings'), closer: $('hide-settings'), covers: isMedium }),
+}
+
+function layOut() {
+  const covering = Object.values(panels).find((panel) => panel.isOpen && panel.covers())
+  $('scrim').hidden = !covering
+  document.querySelector('main').inert = Boolean(covering)
+  for (const panel of Object.values(panels)) {
+    panel.panel.classList.toggle('over', panel.covers())
+    panel.panel.inert = Boolean(covering) && panel !== covering
+  }
+  $('show-side').hidden = panels.side.isOpen && !panels.side.covers()
+}
+
+function layOutAnew() {
+  panels.side.panel.hidden = isNarrow() || !recall('side', true)
+  panels.settings.panel.hidden = isMedium() || !recall('settings-open', false)
+  for (const { opener, isOpen } of Object.values(panels)) opener.setAttribute('aria-expanded', String(isOpen))
+  layOut()
+}
+
+const closeCovering = () => {
+  const covering = Object.values(panels).find((panel) => panel.isOpen && panel.covers())
+  covering?.close(true)
+  return Boolean(covering)
+}
+
+$('scrim').addEventListener('click', closeCovering)
+for (const width of ['(max-width: 760px)', '(max-width: 1120px)']) matchMedia(width).addEventListener('change', layOutAnew)
+
+// ---- theme ----------------------------------------------------------------------------------------------------------------
+
+const THEMES = ['system', 'light', 'dark']
+const THEME_LABELS = { system: 'Theme: as the system has it', light: 'Theme: light', dark: 'Theme: dark' }
+
+function showTheme() {
+  const theme = recall('theme', 'system')
+  if (theme === 'system') delete document.documentElement.dataset.theme
+  else document.documentElement.dataset.theme = theme
+  $('theme').replaceChildren(icon(theme))
+  $('theme').title = THEME_LABELS[theme]
+  $('theme').setAttribute('aria-label', THEME_LABELS[theme])
+}
+
+$('theme').addEventListener('click', () => {
+  const next = THEMES[(THEMES.indexOf(recall('theme', 'system')) + 1) % THEMES.length]
+  remember('theme', next === 'system' ? undefined : next)
+  showTheme()
+})
+
+// ---- keys -----------------------------------------------------------------------------------------------------------------
+
+$('keys').addEventListener('click', () => $('keys-dialog').showModal())
+
 document.addEventListener('keydown', (event) => {
-  if (event.key === 'Escape') stop()
-  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('form').requestSubmit()
+  if (document.querySelector('dialog[open]') || event.isComposing) return
+  const isTyping = event.target.matches('input, textarea, select')
+  const shortcut = {
+    KeyN: () => {
+      session.create(session.current.mode)
+      focusField()
+    },
+    KeyC: () => panels.side.toggle(),
+    KeyS: () => panels.settings.toggle(),
+  }[event.code]
+  if (event.altKey && !event.ctrlKey && !event.metaKey && shortcut) {
+    event.preventDefault()
+    shortcut()
+  } else if (event.key === 'Escape') {
+    if (cardIsOpen()) hideCard()
+    else if (!closeCovering()) session.stop()
+  } else if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault()
+    view().submit()
+  } else if (event.key === '/' && !isTyping) {
+    event.preventDefault()
+    focusField()
+  } else if (event.key === '?' && !isTyping) {
+    $('keys-dialog').showModal()
+  }
 })
 
-setBusy(false)
-llamaModelInfo().then(
-  ({ model, n_ctx }) => { $('model').textContent = `${model.split('/').pop()} · ${n_ctx} tokens` },
-  (error) => show(error.message, true),
-)
+// ---- the beginning, and the end ---------------------------------------------------------------------------------------------
+
+async function meetModel() {
+  try {
+    const { settings: defaults, takesImages } = await modelFacts(notify)
+    notify('')
+    settings.defaults = defaults
+    chat.takesImages = takesImages
+    $('model').textContent = `${defaults.model.split('/').pop().replace(/\.gguf$/i, '')} · ${defaults.n_ctx} tokens of context`
+  } catch (error) {
+    notify(describe(error))
+  }
+}
+
+window.addEventListener('pagehide', () => session.leave())
+window.addEventListener('pageshow', ({ persisted }) => {
+  if (persisted) session.comeBack()
+})
+document.addEventListener('visibilitychange', () => {
+  if (document.visibilityState === 'visible') session.refresh()
+})
+
+showTheme()
+layOutAnew()
+chat.showIdeas()
+await Promise.all([session.load().then(focusField), meetModel()])
