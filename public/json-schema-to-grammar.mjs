@@ -764,7 +764,8 @@ const formats = () => {
   const uri =
     `[A-Za-z][A-Za-z0-9+.-]{0,31}:(?://${host}(?::[0-9]{1,5})?${segments}` +
     `|(?:[:${unreserved}]|${hexByte})+${segments})${query}`
-  const uriReference = `${uri}|(?:[${unreserved}]|${hexByte})*${segments}${query}`
+  const relative = `(?:(?:[${unreserved}]|${hexByte})+${segments}|/(?:(?:[:${unreserved}]|${hexByte})+${segments})?)?`
+  const uriReference = `${uri}|${relative}${query}`
   const pointer = '(?:/(?:[^/~]|~[01])*)*'
   const timed = r`T(?:\d{1,9}H(?:\d{1,9}M(?:\d{1,9}S)?)?|\d{1,9}M(?:\d{1,9}S)?|\d{1,9}S)`
   const days = r`(?:\d{1,9}D|\d{1,9}M(?:\d{1,9}D)?|\d{1,9}Y(?:\d{1,9}M(?:\d{1,9}D)?)?)`
@@ -786,7 +787,7 @@ const formats = () => {
       'iri-reference': uriReference,
       uuid: '[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}',
       'json-pointer': pointer,
-      'relative-json-pointer': `(?:0|[1-9][0-9]{0,8})(?:#|${pointer})`,
+      'relative-json-pointer': `(?:0|[1-9]{1,9})(?:#|${pointer})`,
     }),
   )
 }

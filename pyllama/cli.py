@@ -109,7 +109,10 @@ def _add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
     p.add_argument("--min-p", type=float, default=0.05, metavar="P", help="(%(default)s)")
     p.add_argument("--repeat-penalty", type=float, default=1.1, metavar="X", help="(%(default)s)")
     p.add_argument("--seed", type=int, default=-1, help="of the random numbers; -1: a new one each time")
-    p.add_argument("--grammar-file", type=Path, metavar="FILE", help="GBNF that the answer must follow")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--grammar-file", type=Path, metavar="FILE", help="GBNF that the answer must follow")
+    form.add_argument("-j", "--json-schema", metavar="JSON", help="JSON schema that the answer must satisfy")
+    form.add_argument("--json-schema-file", type=Path, metavar="FILE", help="the same from a file")
 
 
 def _path(args: argparse.Namespace) -> Path:
@@ -131,9 +134,23 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "min_p": args.min_p,
         "repeat_penalty": args.repeat_penalty,
         "seed": args.seed,
-        "grammar": args.grammar_file.read_text(encoding="utf-8") if args.grammar_file else None,
+        "grammar": _grammar(args),
         "stream": True,
     }
+
+
+def _grammar(args: argparse.Namespace) -> str | None:
+    if args.grammar_file:
+        return args.grammar_file.read_text(encoding="utf-8")
+    schema = args.json_schema_file.read_text(encoding="utf-8") if args.json_schema_file else args.json_schema
+    if schema is None:
+        return None
+    from pyllama.json_schema import to_gbnf
+
+    try:
+        return to_gbnf(json.loads(schema))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the schema is not JSON: {error}") from None
 
 
 def _say(text: str) -> None:

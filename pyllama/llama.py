@@ -6,21 +6,46 @@ HTTP.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pyllama import pull
 from pyllama.chat import ChatTemplate
 from pyllama.engine import Done, Engine, Request, Stream, Token
+from pyllama.grammar import Grammar
+from pyllama.json_schema import JSON_OBJECT, to_gbnf
 from pyllama.models import load
 from pyllama.sampling import Sample, SamplingParams
 from pyllama.tokenizer import Tokenizer
 
-__all__ = ["Llama"]
+__all__ = ["Llama", "LlamaGrammar"]
+
+
+class LlamaGrammar(str):
+    """A grammar's text, for programs written for llama-cpp-python; plain strings do as well."""
+
+    @classmethod
+    def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:
+        """Raises ``GrammarError`` if it is not GBNF."""
+        Grammar.parse(grammar)
+        return cls(grammar)
+
+    @classmethod
+    def from_file(cls, file: str | os.PathLike[str], verbose: bool = True) -> LlamaGrammar:
+        """Raises ``OSError``, or ``GrammarError`` if it is not GBNF."""
+        return cls.from_string(Path(file).read_text(encoding="utf-8"))
+
+    @classmethod
+    def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:
+        """From a JSON Schema's text. Raises ``SchemaError`` if it is none or cannot be expressed, or ``ValueError`` if it
+        is not JSON."""
+        return cls(to_gbnf(json.loads(json_schema)))
 
 
 class Llama:
@@ -322,6 +347,7 @@ class Llama:
         mirostat_eta: float = 0.1,
         model: str | None = None,
         grammar: str | None = None,
+        response_format: Mapping[str, Any] | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
@@ -330,14 +356,22 @@ class Llama:
 
         Args:
             messages: ``{"role": "system" | "user" | "assistant", "content": …}``, the oldest first.
+            response_format: ``{"type": "text" | "json_object" | "json_schema"}``, the first being the default. The schema
+                that the answer satisfies is ``["schema"]`` of ``json_object``, which may lack it, and
+                ``["json_schema"]["schema"]`` of ``json_schema``.
             logprobs, top_logprobs: report each token's log-probability, and those of so many best tokens.
 
         The other arguments, and what is raised, are as in :meth:`create_completion`; a ``ChatTemplateError`` (a
-        ``ValueError``) says that the template refuses the messages.
+        ``ValueError``) says that the template refuses the messages, and a ``SchemaError`` (another one) that the schema
+        is none or cannot be expressed as a grammar.
 
         Returns:
             OpenAI's ``chat.completion`` object, or an iterator of ``chat.completion.chunk`` objects.
         """
+        if response_format is not None and (form := _grammar_of(response_format)) is not None:
+            if grammar:
+                raise ValueError("a grammar and a response_format cannot be given both")
+            grammar = form
         params = self._params(
             grammar, logit_bias, seed, max(1, top_logprobs or 0) if logprobs else 0,
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, tfs_z=tfs_z, typical_p=typical_p,
@@ -541,6 +575,22 @@ class _Offsets:
         at = self._at
         self._at += len(self._decoder.push(token))
         return at
+
+
+def _grammar_of(response_format: Mapping[str, Any]) -> str | None:
+    """The grammar of an answer's form, None where there is none."""
+    kind = response_format.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = response_format.get("schema")
+        return JSON_OBJECT if schema is None else to_gbnf(schema)
+    if kind != "json_schema":
+        raise ValueError(f"response_format: type must be text, json_object or json_schema, not {kind!r}")
+    wrapper = response_format.get("json_schema")
+    if not isinstance(wrapper, Mapping) or "schema" not in wrapper:
+        raise ValueError("response_format: json_schema must hold a schema")
+    return to_gbnf(wrapper["schema"])
 
 
 def _or_minus_one(token: int | None) -> int:

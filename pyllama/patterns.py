@@ -318,6 +318,9 @@ _URI = (
     f"[A-Za-z][A-Za-z0-9+.-]{{0,31}}:(?://{_HOST}(?::[0-9]{{1,5}})?{_SEGMENTS}"
     f"|(?:[:{_UNRESERVED}]|{_HEX_BYTE})+{_SEGMENTS}){_QUERY}"
 )
+_RELATIVE = (
+    f"(?:(?:[{_UNRESERVED}]|{_HEX_BYTE})+{_SEGMENTS}|/(?:(?:[:{_UNRESERVED}]|{_HEX_BYTE})+{_SEGMENTS})?)?"
+)
 _POINTER = "(?:/(?:[^/~]|~[01])*)*"
 _TIMED = r"T(?:\d{1,9}H(?:\d{1,9}M(?:\d{1,9}S)?)?|\d{1,9}M(?:\d{1,9}S)?|\d{1,9}S)"
 _DAYS = r"(?:\d{1,9}D|\d{1,9}M(?:\d{1,9}D)?|\d{1,9}Y(?:\d{1,9}M(?:\d{1,9}D)?)?)"
@@ -335,11 +338,11 @@ FORMATS = {
     "ipv6": _IPV6,
     "uri": _URI,
     "iri": _URI,
-    "uri-reference": rf"{_URI}|(?:[{_UNRESERVED}]|{_HEX_BYTE})*{_SEGMENTS}{_QUERY}",
-    "iri-reference": rf"{_URI}|(?:[{_UNRESERVED}]|{_HEX_BYTE})*{_SEGMENTS}{_QUERY}",
+    "uri-reference": f"{_URI}|{_RELATIVE}{_QUERY}",
+    "iri-reference": f"{_URI}|{_RELATIVE}{_QUERY}",
     "uuid": "[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}",
     "json-pointer": _POINTER,
-    "relative-json-pointer": f"(?:0|[1-9][0-9]{{0,8}})(?:#|{_POINTER})",
+    "relative-json-pointer": f"(?:0|[1-9]{{1,9}})(?:#|{_POINTER})",
 }
 """Patterns of whole strings."""
 UNKNOWN_LANGUAGES = ("regex", "idn-hostname", "uri-template")

@@ -69,6 +69,19 @@ def test_complete_with_a_grammar(model, capsys, tmp_path):
     assert status == 1 and "nothing" in err
 
 
+def test_complete_with_a_json_schema(model, capsys, tmp_path):
+    schema = tmp_path / "digits.json"
+    schema.write_text('{"type": "array", "items": {"enum": [7]}, "minItems": 3, "maxItems": 3}')
+    status, out, _ = run(capsys, "complete", "-m", model, "--json-schema-file", schema, "n = ")
+    assert status == 0 and re.fullmatch(r"n = \[7, ?7, ?7\]\n", out)
+    status, out, _ = run(capsys, "complete", "-m", model, "--json-schema", '{"const": 12}', "n = ")
+    assert (status, out) == (0, "n = 12\n")
+    status, _, err = run(capsys, "complete", "-m", model, "-j", '{"not": {}}', "n = ")
+    assert status == 1 and "#/not: 'not' cannot be expressed" in err
+    status, _, err = run(capsys, "complete", "-m", model, "-j", "{", "n = ")
+    assert status == 1 and "the schema is not JSON" in err
+
+
 def test_chat_line_by_line(smollm2_path, capsys, says):
     says("What is the capital of France?\n\n  \nAnd of Italy?")
     status, out, err = run(capsys, "chat", "-m", smollm2_path, "-n", 24, "--temperature", 0, "--system", "Be brief.")

@@ -7,15 +7,18 @@ import json
 import random
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
 
+from pyllama import Llama
 from pyllama.grammar import Grammar
 from pyllama.json_schema import JSON_OBJECT, JSON_VALUE, SchemaError, to_gbnf
 from tests.gbnf_reader import Gbnf
 from tests.random_schemas import random_schema
+from tests.tiny_models import make_llama
 
 FORMAT_CHECKER = Draft202012Validator.FORMAT_CHECKER
 
@@ -47,6 +50,49 @@ def test_random_schemas_have_grammars_of_valid_instances():
             assert not list(validator.iter_errors(json.loads(text))), (seed, schema, text)
     assert n_schemas > 300
     assert n_texts > 2400
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    path = tmp_path_factory.mktemp("schema") / "tiny.gguf"
+    make_llama(path, n_layer=1)
+    with Llama(path, n_ctx=8 * 512, n_threads=1, n_parallel=8) as llm:
+        yield llm
+
+
+def generated(llm, schema, seed, **options):
+    """What a model says to a schema; None if it did not come to an end."""
+    answer = llm.create_chat_completion(
+        [{"role": "user", "content": "Say something about the time, as JSON."}],
+        response_format={"type": "json_schema", "json_schema": {"schema": schema}}, seed=seed, **options,
+    )  # fmt: skip
+    (choice,) = answer["choices"]
+    return choice["message"]["content"] if choice["finish_reason"] == "stop" else None
+
+
+def test_a_tiny_model_says_what_random_schemas_validate(llm):
+    """Through the engine: a model that says anything at all, with some preference for what ends a text."""
+    ends = dict.fromkeys(llm.tokenize('"]}', add_bos=False), 3.0)
+
+    def answers(seed):
+        schema = random_schema(random.Random(seed))
+        try:
+            to_gbnf(schema)
+        except SchemaError:
+            return []
+        validator = Draft202012Validator(schema, format_checker=FORMAT_CHECKER)
+        texts = [
+            generated(llm, schema, n, max_tokens=300, temperature=t, top_k=0, top_p=1.0, min_p=0.0, logit_bias=ends)
+            for n, t in ((1, 0.7), (2, 1.5))
+        ]
+        for text in texts:
+            assert text is None or not list(validator.iter_errors(json.loads(text))), (seed, schema, text)
+        return texts
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = [text for texts in pool.map(answers, range(2000, 2150)) for text in texts]
+    assert len(texts) > 180
+    assert sum(text is not None for text in texts) > 0.8 * len(texts)
 
 
 # ---- single schemas ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 import threading
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllama import Llama
+from pyllama import Llama, LlamaGrammar
 from pyllama.chat import CHATML, ChatTemplateError
 from pyllama.engine import EngineClosed
 from pyllama.grammar import GrammarError
+from pyllama.json_schema import SchemaError
 from tests.tiny_models import make_gemma3, make_llama
 
 PROMPT = "hello world, this is the time"
@@ -121,6 +123,40 @@ def test_a_grammar(llm: Llama) -> None:
     assert choice["finish_reason"] == "stop"
     with pytest.raises(GrammarError):
         llm(PROMPT, grammar="root ::= (")
+
+
+def test_response_formats(llm: Llama) -> None:
+    def answer(form, **options):
+        ends = dict.fromkeys(llm.tokenize('"}', add_bos=False), 6.0)
+        answer = llm.create_chat_completion(TALK, response_format=form, logit_bias=ends, seed=4, **options)
+        return answer["choices"][0]["message"]["content"]
+
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    for form in (
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}},
+    ):
+        assert json.loads(answer(form))["a"] in (1, 2)
+    assert isinstance(json.loads(answer({"type": "json_object"})), dict)
+    assert answer({"type": "text"}, max_tokens=5) == answer(None, max_tokens=5)
+    with pytest.raises(SchemaError, match="#/type"):
+        answer({"type": "json_object", "schema": {"type": 1}})
+    for form in ({"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}):
+        with pytest.raises(ValueError, match="response_format"):
+            answer(form)
+    with pytest.raises(ValueError, match="both"):
+        answer({"type": "json_object"}, grammar="root ::= [a-z]")
+
+
+def test_grammar_objects(llm: Llama, tmp_path: Path) -> None:
+    path = tmp_path / "x.gbnf"
+    path.write_text('root ::= "yes" | "no"')
+    for grammar in (LlamaGrammar.from_file(path), LlamaGrammar.from_json_schema('{"enum": [1, 2]}')):
+        assert llm(PROMPT, grammar=grammar)["choices"][0]["text"] in ("yes", "no", "1", "2")
+    with pytest.raises(GrammarError):
+        LlamaGrammar.from_string("root ::= (")
+    with pytest.raises(SchemaError):
+        LlamaGrammar.from_json_schema('{"not": {}}')
 
 
 def test_biases(llm: Llama) -> None:
@@ -318,7 +354,7 @@ def test_what_is_left_open_is_closed(llm: Llama) -> None:
 
 def test_a_program_may_end_in_the_middle(llm: Llama) -> None:
     program = f"""if True:
-        from pyllama import Llama
+        from pyllama import Llama, LlamaGrammar
         llm = Llama({llm.model_path!r}, n_ctx=20_000, n_threads=2)
         streams = [llm("hello", max_tokens=None, stream=True, logit_bias={{2: -100.0}}) for _ in range(3)]
         for stream in streams:
