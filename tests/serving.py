@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,11 @@ class ServerThread(_Requests):
 
     Args:
         flags: of the command line.
+        environ: what stands in for flags.
     """
 
-    def __init__(self, *flags: str | Path) -> None:
-        self.program = Program(server_flags.parse(["--port", "0", *map(str, flags)], {}))
+    def __init__(self, *flags: str | int | Path, environ: Mapping[str, str] | None = None) -> None:
+        self.program = Program(server_flags.parse(["--port", "0", *map(str, flags)], environ or {}))
         ((_, self.port),) = self.program.server.addresses
         self._thread = threading.Thread(target=self.program.run, name="server")
         self._thread.start()
