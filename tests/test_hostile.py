@@ -33,7 +33,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def tiny_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    make_llama(path)
+    make_llama(path, specials=["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"])
     return path
 
 
@@ -99,10 +99,17 @@ def books(server: ServerThread) -> dict[str, Any]:
 
 
 def settled_books(server: ServerThread) -> dict[str, Any]:
-    """The books once all clients are known to have gone, or after some seconds."""
+    """The books once all clients are known to have gone and nothing changes any more, or after some seconds."""
+    last: dict[str, Any] = {}
+
+    def is_settled() -> bool:
+        nonlocal last
+        before, last = last, books(server)
+        return last == before and last["connections"] == 0 and is_idle(server)
+
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: books(server)["connections"] == 0, 5)
-    return books(server)
+        wait_until(is_settled, 5)
+    return last
 
 
 def is_idle(server: ServerThread) -> bool:
@@ -160,23 +167,25 @@ SAMPLING = {
     "temperature", "top_k", "top_p", "min_p", "tfs_z", "typical_p", "repeat_penalty", "repeat_last_n", "penalize_nl",
     "presence_penalty", "frequency_penalty", "penalty_prompt", "mirostat", "mirostat_tau", "mirostat_eta", "grammar",
     "seed", "ignore_eos", "logit_bias", "n_probs", "n_predict", "n_keep", "stream", "stop", "slot_id", "cache_prompt",
-    "image_data",
+    "image_data", "json_schema", "response_format", "system_prompt",
 }  # fmt: skip
 OPENAI = {"max_tokens", "n", "stream_options", "logprobs"}
 FIELDS = {
-    "/completion": SAMPLING | {"prompt", "system_prompt"},
-    "/tokenize": {"content"},
+    "/completion": SAMPLING | {"prompt"},
+    "/infill": SAMPLING - {"stream"} | {"input_prefix", "input_suffix"},
+    "/tokenize": {"content", "add_special", "with_pieces"},
     "/detokenize": {"tokens"},
     "/embedding": {"content"},
     "/v1/chat/completions": SAMPLING
     | OPENAI
-    | {"messages", "top_logprobs", "max_completion_tokens", "response_format"},
-    "/v1/completions": SAMPLING | OPENAI | {"prompt", "echo"},
-    "/v1/embeddings": {"input", "encoding_format"},
+    | {"messages", "top_logprobs", "max_completion_tokens", "tools", "functions"},
+    "/v1/completions": SAMPLING | OPENAI | {"prompt", "echo", "suffix", "best_of"},
+    "/v1/embeddings": {"input", "encoding_format", "dimensions"},
 }
 LIMITS = {"n_predict", "max_tokens", "max_completion_tokens", "n"}
 GOOD = {
     "prompt": "hi",
+    "input_prefix": "hi",
     "content": "hi",
     "tokens": [5],
     "messages": MESSAGES,
@@ -234,6 +243,7 @@ def test_random_objects(server):
         fields = {**GOOD, **{name: rng.choice(VALUES) for name in rng.sample(names, rng.randrange(1, 6))}}
         status, body = exchange(server, path, fields)
         assert status in (200, 400, 501), (path, fields, body)
+    server.post("/completion", prompt="hi", n_predict=0, system_prompt="")  # one of them may have set another
 
 
 # ---- bodies ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -408,6 +409,45 @@ def test_options_of_both_kinds_in_a_chat(client):
     assert chat.choices[0].message.content in ("yes", "no")
 
 
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_in_json(client, smollm2):
+    options = {"model": "x", "messages": [{"role": "user", "content": "Invent a person, in JSON."}], "max_tokens": 100, "seed": 1}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
+    texts = [client.chat.completions.create(**options, response_format=form).choices[0].message.content]
+    object_form = {"type": "json_object", "schema": PERSON}
+    texts.append(client.chat.completions.create(**options, response_format=object_form).choices[0].message.content)
+    texts.append(smollm2.post("/completion", prompt="A person:", json_schema=PERSON, n_predict=100)["content"])
+    chunks = client.chat.completions.create(**options, response_format=form, stream=True)
+    texts.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+    assert texts[0] == texts[3]
+    whole = client.chat.completions.create(**{**options, "max_tokens": 400}, response_format={"type": "json_object"})
+    text = whole.choices[0].message.content
+    assert text.startswith("{")
+    assert whole.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict)
+    plain = client.chat.completions.create(**{**options, "max_tokens": 4}, response_format={"type": "text"})
+    assert plain.choices[0].message.content
+
+
+def test_answers_parsed_by_the_client(client):
+    from pydantic import BaseModel, Field
+
+    class Person(BaseModel):
+        name: str = Field(max_length=12)
+        age: int = Field(ge=0, le=130)
+
+    parsed = client.beta.chat.completions.parse(model="x", messages=GREETING, response_format=Person, max_tokens=60, seed=2)
+    assert isinstance(parsed.choices[0].message.parsed, Person)
+
+
 def test_text_completions(client):
     options = {"model": "x", "max_tokens": 3, "temperature": 0}
     one = client.completions.create(prompt="The capital of France is", **options, echo=True, best_of=1)
@@ -515,6 +555,18 @@ def test_errors_as_the_client_sees_them(client):
         ("/v1/chat/completions", {"messages": GREETING, "max_tokens": "x"}, "max_tokens must be an integer"),
         ("/v1/chat/completions", {"messages": GREETING, "top_logprobs": 50, "logprobs": True}, "top_logprobs must be"),
         ("/v1/chat/completions", {"messages": GREETING, "stream_options": 1}, "stream_options must be an object"),
+        ("/completion", {"prompt": "x", "json_schema": {"type": "thing"}}, "json_schema: "),
+        ("/completion", {"prompt": "x", "json_schema": {"not": {"type": "string"}}, "grammar": "root ::= [a]"}, "json_schema: "),
+        ("/completion", {"prompt": "x", "json_schema": {}, "grammar": "root ::= [a]"}, "grammar and json_schema cannot"),
+        ("/completion", {"prompt": "x", "json_schema": 5}, "json_schema: "),
+        ("/v1/chat/completions", {"messages": GREETING, "response_format": "json"}, "response_format must be an object"),
+        ("/v1/chat/completions", {"messages": GREETING, "response_format": {"type": "xml"}}, "response_format.type must be text"),
+        ("/v1/chat/completions", {"messages": GREETING, "response_format": {"type": "json_schema"}},
+         "response_format.json_schema.schema is missing"),
+        ("/v1/chat/completions", {"messages": GREETING, "response_format": {"type": "json_schema",
+         "json_schema": {"schema": {"type": 1}}}}, "response_format.json_schema.schema: "),
+        ("/v1/chat/completions", {"messages": GREETING, "response_format": {"type": "json_object"}, "grammar": "root ::= [a]"},
+         "grammar and response_format cannot"),
         ("/v1/chat/completions", {"messages": GREETING, "stream_options": {"include_usage": 1}},
          "stream_options.include_usage must be"),
         ("/v1/completions", {"prompt": []}, "prompt is empty"),
@@ -541,8 +593,6 @@ def test_wrong_requests(tiny, path, body, complaint):
 
 def test_what_is_not_possible(tiny):
     assert "image" in tiny.refused("/completion", {"prompt": "x", "image_data": [{"data": "", "id": 1}]}, 501)
-    body = {"messages": GREETING, "response_format": {"type": "json_object"}}
-    assert "response_format" in tiny.refused("/v1/chat/completions", body, 501)
     for name in ("tools", "functions"):
         body = {"messages": GREETING, name: [{"type": "function"}]}
         assert f"{name}: function calling" in tiny.refused("/v1/chat/completions", body, 501)

@@ -22,7 +22,7 @@ from pyllama.sampling import RANDOM_SEED, Sample
 from pyllama.server.errors import ApiError, dump
 from pyllama.server.fields import Fields
 from pyllama.server.native import MAX_INPUTS, embed, infill_tokens, llama_embeddings, note_usage, printable, timings
-from pyllama.server.options import MAX_PROMPTS, read_prompts, read_request, read_response_format, read_system_prompt
+from pyllama.server.options import MAX_PROMPTS, read_prompts, read_request, read_system_prompt
 from pyllama.server.request import client_is_gone, json_fields, notes
 from pyllama.server.service import Service, SystemPrompt, events
 from pyllama.server.sse import DONE, send_events
@@ -189,8 +189,6 @@ def _read_requests(
     if n_logprobs is not None:
         # The sampler reports the chosen token's probability only when it reports any.
         replaced["n_probs"] = max(n_logprobs, 1)
-    if grammar := read_response_format(fields):
-        replaced["grammar"] = grammar
     request = read_request(fields, service, prompts[0], **replaced)
     request = replace(request, stop=(*request.stop, *stop))
     for name in ("max_tokens", "max_completion_tokens"):

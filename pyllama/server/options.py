@@ -6,15 +6,14 @@ import math
 from typing import Any
 
 from pyllama.engine import Request
+from pyllama.json_schema import JSON_OBJECT, SchemaError, to_gbnf
 from pyllama.sampling import RANDOM_SEED, SamplingParams
 from pyllama.server.errors import ApiError
 from pyllama.server.fields import Fields, as_integer, as_number, describe
 from pyllama.server.service import Service, SystemPrompt
 from pyllama.tokenizer import Tokenizer
 
-__all__ = [
-    "MAX_PROMPTS", "generation_settings", "read_prompts", "read_request", "read_response_format", "read_system_prompt",
-]  # fmt: skip
+__all__ = ["MAX_PROMPTS", "generation_settings", "read_prompts", "read_request", "read_system_prompt"]
 
 MAX_PROBS = 1000
 """Candidates that are reported with a token; they are kept until the answer is sent."""
@@ -60,7 +59,7 @@ def _read_sampling(fields: Fields, service: Service, **replaced: Any) -> Samplin
     values["seed"] = fields.integer("seed", service.defaults.seed)
     values["n_probs"] = fields.integer("n_probs", 0, low=0, high=MAX_PROBS)
     values |= {name: fields.boolean(name) for name in _BOOLEANS}
-    values["grammar"] = fields.string("grammar")
+    values["grammar"] = _read_grammar(fields)
     values["logit_bias"] = _read_logit_bias(fields)
     values["penalty_prompt"] = _read_penalty_prompt(fields, service.model.tokenizer)
     values |= replaced
@@ -70,11 +69,33 @@ def _read_sampling(fields: Fields, service: Service, **replaced: Any) -> Samplin
         raise ApiError(400, str(error)) from None
 
 
-def read_response_format(fields: Fields) -> str:
-    """OpenAI's ``response_format`` as a grammar; nothing where any text is right."""
-    if fields.object("response_format").string("type", "text") != "text":
-        raise ApiError(501, "response_format: only 'text' is possible")
-    return ""
+def _read_grammar(fields: Fields) -> str:
+    """The grammar, or the one of a JSON schema: llama.cpp's ``json_schema``, or OpenAI's ``response_format``."""
+    found = {"grammar": fields.string("grammar", "")}
+    schema = fields.get("json_schema")
+    if schema is not None:
+        found["json_schema"] = _grammar_of(schema, "json_schema")
+    form = fields.object("response_format")
+    kind = form.string("type", "text")
+    if kind == "json_object":
+        schema = form.get("schema")
+        found["response_format"] = JSON_OBJECT if schema is None else _grammar_of(schema, "response_format.schema")
+    elif kind == "json_schema":
+        schema = form.object("json_schema").require("schema")
+        found["response_format"] = _grammar_of(schema, "response_format.json_schema.schema")
+    elif kind != "text":
+        form.fail("type", f"must be text, json_object or json_schema, not {describe(kind)}")
+    given = [name for name, grammar in found.items() if grammar]
+    if len(given) > 1:
+        fields.fail(given[0], f"and {given[1]} cannot be given both")
+    return found[given[0]] if given else ""
+
+
+def _grammar_of(schema: object, name: str) -> str:
+    try:
+        return to_gbnf(schema)
+    except SchemaError as error:
+        raise ApiError(400, f"{name}: {error}") from None
 
 
 def _read_logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
