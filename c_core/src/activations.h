@@ -7,18 +7,19 @@
  *
  *   int8  q[width/4][lanes][4]
  *   float d[width/32][lanes]
- *   float sum32[width/32][lanes]    d times the sum of the group's q: what a format's -m is multiplied with
- *   float sum16[width/16][lanes]    the same for the formats with m per 16 columns
+ *   float sum32[width/32][lanes]     d times the sum of the group's q: what a format's -m is multiplied with
+ *   int32 minus32[width/32][lanes]   minus the sum of the group's q: times a format's offset, where integer sums begin
+ *   int32 minus16[width/16][lanes]   the same for the formats with scales per 16 columns
  *
- * The number of lanes follows from the number of rows, so that no tile has more than one idle lane: a batch of 13 tokens on
- * a 12-lane kernel becomes two tiles of 7.
+ * The number of lanes follows from the number of rows, so that no tile has more than one idle lane: a batch of 8 tokens on a
+ * 6-lane kernel becomes two tiles of 4.
  */
 #ifndef PL_ACTIVATIONS_H
 #define PL_ACTIVATIONS_H
 
 #include "formats.h"
 
-enum { PL_MAX_LANES = 12 };
+enum { PL_MAX_LANES = 6 };
 
 typedef struct pl_q8 {
     uint8_t *base;
@@ -27,13 +28,15 @@ typedef struct pl_q8 {
     int64_t tile_bytes;
 } pl_q8;
 
+enum { PL_GROUP_BYTES = PL_GROUP + 5 * 4 }; /* of a row */
+
 static inline int64_t pl_q8_tile_bytes(int32_t width, int32_t lanes) {
-    return pl_round_up((int64_t)width * lanes * 3 / 2, 64);
+    return pl_round_up((int64_t)width / PL_GROUP * PL_GROUP_BYTES * lanes, 64);
 }
 
 /* Bytes that hold any number of rows up to `max_rows`, whatever the kernel's lanes. */
 static inline int64_t pl_q8_bytes(int32_t width, int32_t max_rows) {
-    return ((int64_t)width * 3 / 2 + 64) * (2 * (int64_t)max_rows);
+    return ((int64_t)width / PL_GROUP * PL_GROUP_BYTES + 64) * (2 * (int64_t)max_rows);
 }
 
 static inline pl_q8 pl_q8_view(void *base, int32_t width, int32_t n_rows, int32_t max_lanes) {
@@ -46,13 +49,16 @@ static inline pl_q8 pl_q8_view(void *base, int32_t width, int32_t n_rows, int32_
 
 static inline uint8_t *pl_q8_tile(const pl_q8 *q, int32_t tile) { return q->base + tile * q->tile_bytes; }
 
-/* The float planes of a tile. */
+/* The planes of numbers of a tile. */
 static inline float *pl_q8_d(uint8_t *tile, int32_t width, int32_t lanes) { return (float *)(tile + (int64_t)width * lanes); }
 static inline float *pl_q8_sum32(uint8_t *tile, int32_t width, int32_t lanes) {
     return pl_q8_d(tile, width, lanes) + (int64_t)width / PL_GROUP * lanes;
 }
-static inline float *pl_q8_sum16(uint8_t *tile, int32_t width, int32_t lanes) {
-    return pl_q8_sum32(tile, width, lanes) + (int64_t)width / PL_GROUP * lanes;
+static inline int32_t *pl_q8_minus32(uint8_t *tile, int32_t width, int32_t lanes) {
+    return (int32_t *)(pl_q8_sum32(tile, width, lanes) + (int64_t)width / PL_GROUP * lanes);
+}
+static inline int32_t *pl_q8_minus16(uint8_t *tile, int32_t width, int32_t lanes) {
+    return pl_q8_minus32(tile, width, lanes) + (int64_t)width / PL_GROUP * lanes;
 }
 
 #endif

@@ -61,19 +61,31 @@ static operand operand_of(const pl_run_state *s, int32_t value) {
     return float_operand(data_of(s, value), width_of(s, value), rows_of(s, value), s->program->cpu->kernels->max_lanes);
 }
 
-/* out[lanes][16] of one panel and one tile. */
-static void panel_times_tile(const pl_kernels *k, const pl_weight *w, int64_t panel, const operand *x, int32_t tile, float *out) {
-    const uint8_t *p = pl_weight_panel(w, panel);
-    if (x->quantized) {
-        k->product(w->format, x->lanes)(w, p, pl_q8_tile(&x->q8, tile), out);
-    } else {
-        const int32_t first = tile * x->lanes;
-        k->product_float(w, p, x->x + first * x->stride, x->stride, PL_MIN(x->lanes, x->n_rows - first), out);
+enum { UNIT_PANELS = 2, UNIT_ROWS = UNIT_PANELS * PL_PANEL_ROWS };
+
+/* The panels of a matrix, in pairs. */
+static int64_t units_of(const pl_weight *w) { return (w->n_panels + UNIT_PANELS - 1) / UNIT_PANELS; }
+
+/* out[lane][32], rows `stride` floats apart: one unit of a matrix times one tile; [lane][16] where the last unit is one panel. */
+static void unit_times_tile(const pl_kernels *k, const pl_weight *w, int64_t unit, const operand *x, int32_t tile, float *out,
+                            int64_t stride) {
+    const int64_t first = unit * UNIT_PANELS, last = PL_MIN(first + UNIT_PANELS, w->n_panels);
+    const int32_t row = tile * x->lanes;
+    int32_t n;
+    for (int64_t panel = first; panel < last; panel += n, out += PL_PANEL_ROWS) {
+        const uint8_t *p = pl_weight_panel(w, panel);
+        if (x->quantized) {
+            n = (int32_t)PL_MIN(k->max_panels, last - panel);
+            k->product(w->format, x->lanes, n)(w, p, pl_q8_tile(&x->q8, tile), out, stride);
+        } else {
+            n = 1;
+            k->product_float(w, p, x->x + row * x->stride, x->stride, PL_MIN(x->lanes, x->n_rows - row), out, stride);
+        }
     }
 }
 
 /*
- * A product's work: `n_units` row units (panels, or pairs of them) times the tiles. Tiles are taken in chunks that stay in the
+ * A product's work: `n_units` units of rows times the tiles. Tiles are taken in chunks that stay in the
  * second-level cache while the units pass over them. With one chunk each member begins with a run of units of its own, so
  * that the weights stream past undisturbed, and claims the rest in small pieces, so that a member that was held up is helped.
  */
@@ -124,47 +136,62 @@ typedef struct destination {
     int64_t stride;
 } destination;
 
-static void deliver(const destination *to, int64_t panel, const operand *x, int32_t tile, const float *result) {
-    const int64_t column = panel * PL_PANEL_ROWS;
-    const int32_t n = (int32_t)PL_MIN(PL_PANEL_ROWS, to->w->n_rows - column);
+/* One unit times one tile, to where it belongs. */
+static void deliver(const pl_kernels *k, const destination *to, int64_t unit, const operand *x, int32_t tile) {
+    const int64_t column = unit * UNIT_ROWS;
+    const int32_t n = (int32_t)PL_MIN(UNIT_ROWS, to->w->n_rows - column);
     const int32_t first = tile * x->lanes, rows = PL_MIN(x->lanes, x->n_rows - first);
-    for (int32_t t = 0; t < rows; t++) {
-        const int64_t at = (first + t) * to->stride + column;
-        const float *r = result + t * PL_PANEL_ROWS;
-        float *y = to->out + at;
-        if (to->residual) {
-            for (int32_t i = 0; i < n; i++) {
-                y[i] = r[i] + to->residual[at + i];
+    float *out = to->out + first * to->stride + column;
+    if (n == UNIT_ROWS && rows == x->lanes && !to->residual && !to->bias) {
+        unit_times_tile(k, to->w, unit, x, tile, out, to->stride);
+        return;
+    }
+    _Alignas(64) float result[PL_MAX_LANES][UNIT_ROWS];
+    const float *residual = to->residual ? to->residual + first * to->stride + column : NULL;
+    for (int32_t t = 0; t < rows && residual; t++) { /* each row is in another page: seldom in the first-level cache */
+        __builtin_prefetch(residual + t * to->stride);
+        __builtin_prefetch(residual + t * to->stride + UNIT_ROWS - 1);
+    }
+    unit_times_tile(k, to->w, unit, x, tile, result[0], UNIT_ROWS);
+    for (int32_t t = 0; t < rows; t++, out += to->stride) {
+        for (int32_t i = 0; to->bias && i < n; i++) {
+            result[t][i] += to->bias[column + i];
+        }
+        if (!residual) {
+            memcpy(out, result[t], sizeof(float) * (size_t)n);
+            continue;
+        }
+        const float *r = residual + t * to->stride;
+        if (n == UNIT_ROWS) { /* a number that the compiler knows */
+            for (int32_t i = 0; i < UNIT_ROWS; i++) {
+                out[i] = result[t][i] + r[i];
             }
         } else {
-            memcpy(y, r, sizeof(float) * (size_t)n);
-        }
-        for (int32_t i = 0; to->bias && i < n; i++) {
-            y[i] += to->bias[column + i];
+            for (int32_t i = 0; i < n; i++) {
+                out[i] = result[t][i] + r[i];
+            }
         }
     }
 }
 
 static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, const operand *x, atomic_int *counter,
                      const pl_member *member) {
-    _Alignas(64) float result[PL_MAX_LANES * PL_PANEL_ROWS];
-    int64_t panels = 0;
+    int64_t units = 0;
     for (int32_t i = 0; i < n_to; i++) {
-        panels += to[i].w->n_panels;
+        units += units_of(to[i].w);
     }
-    work d = divide(panels, x, member->count);
+    work d = divide(units, x, member->count);
     claim c;
     while (next_claim(&d, counter, member, &c)) {
-        for (int64_t unit = c.first_unit; unit < c.last_unit; unit++) {
+        for (int64_t number = c.first_unit; number < c.last_unit; number++) {
             const destination *t = to;
-            int64_t panel = unit;
-            while (panel >= t->w->n_panels) {
-                panel -= t->w->n_panels;
+            int64_t unit = number;
+            while (unit >= units_of(t->w)) {
+                unit -= units_of(t->w);
                 t++;
             }
             for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
-                panel_times_tile(k, t->w, panel, x, tile, result);
-                deliver(t, panel, x, tile, result);
+                deliver(k, t, unit, x, tile);
             }
         }
     }
@@ -206,39 +233,29 @@ static void op_logits(const pl_run_state *s, const pl_op *op, atomic_int *counte
     }
 }
 
-/* Gate and up products of 32 columns at a time (two panels each), activated and quantized while they are in cache. */
+/* Gate and up products of 32 columns at a time, activated and quantized while they are in cache. */
 static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
-    enum { UNIT = 2 * PL_PANEL_ROWS };
-    _Alignas(64) float result[PL_MAX_LANES * PL_PANEL_ROWS];
-    float gate[PL_MAX_LANES][UNIT], up[PL_MAX_LANES][UNIT];
+    _Alignas(64) float gate[PL_MAX_LANES][UNIT_ROWS], up[PL_MAX_LANES][UNIT_ROWS];
     const pl_kernels *k = s->program->cpu->kernels;
     const operand x = operand_of(s, op->src[0]);
     const int32_t width = (int32_t)op->w[0]->n_rows;
     float *y = op->dst[0] < 0 ? NULL : data_of(s, op->dst[0]);
     const pl_q8 q = op->dst[1] < 0 ? (pl_q8){0} : q8_of(s, op->dst[1]);
-    work d = divide((width + UNIT - 1) / UNIT, &x, member->count);
+    work d = divide(units_of(op->w[0]), &x, member->count);
     claim c;
     while (next_claim(&d, &counters[0], member, &c)) {
         for (int64_t unit = c.first_unit; unit < c.last_unit; unit++) {
-            const int32_t columns = (int32_t)PL_MIN(UNIT, width - unit * UNIT);
+            const int32_t columns = (int32_t)PL_MIN(UNIT_ROWS, width - unit * UNIT_ROWS);
             for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
-                const int32_t first = tile * x.lanes, rows = PL_MIN(x.lanes, x.n_rows - first);
-                for (int32_t panel = 0; panel * PL_PANEL_ROWS < columns; panel++) {
-                    for (int32_t which = 0; which < 2; which++) {
-                        panel_times_tile(k, op->w[which], 2 * unit + panel, &x, tile, result);
-                        for (int32_t t = 0; t < rows; t++) {
-                            memcpy((which ? up : gate)[t] + panel * PL_PANEL_ROWS, result + t * PL_PANEL_ROWS,
-                                   sizeof(float) * PL_PANEL_ROWS);
-                        }
-                    }
-                }
-                for (int32_t t = 0; t < rows; t++) {
+                unit_times_tile(k, op->w[0], unit, &x, tile, gate[0], UNIT_ROWS);
+                unit_times_tile(k, op->w[1], unit, &x, tile, up[0], UNIT_ROWS);
+                for (int32_t t = 0; t < PL_MIN(x.lanes, x.n_rows - tile * x.lanes); t++) {
+                    const int32_t row = tile * x.lanes + t;
                     k->glu(op->n[0], gate[t], up[t], columns, gate[t]);
                     if (y) {
-                        memcpy(y + (int64_t)(first + t) * width + unit * UNIT, gate[t], sizeof(float) * (size_t)columns);
+                        memcpy(y + (int64_t)row * width + unit * UNIT_ROWS, gate[t], sizeof(float) * (size_t)columns);
                     }
                     if (q.base) {
-                        const int32_t row = first + t;
                         k->quantize(gate[t], 1, pl_q8_tile(&q, row / q.lanes), width, q.lanes, row % q.lanes, (int32_t)unit);
                     }
                 }

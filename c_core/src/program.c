@@ -195,7 +195,9 @@ static void *copy_of(const void *source, size_t bytes, pl_error *err) {
 
 static int32_t allocate_slots(pl_program *p, pl_error *err) {
     p->slots = pl_alloc(sizeof *p->slots * (size_t)p->n_slots, err);
-    if (!p->slots) {
+    int64_t *starts = pl_alloc(sizeof *starts * (size_t)p->n_slots, err);
+    if (!p->slots || !starts) {
+        pl_free(starts);
         return -1;
     }
     for (int32_t slot = 0; slot < p->n_slots; slot++) {
@@ -207,13 +209,15 @@ static int32_t allocate_slots(pl_program *p, pl_error *err) {
                 bytes = PL_MAX(bytes, v->kind == PL_VALUE_Q8 ? pl_q8_bytes(v->width, rows) : (int64_t)v->width * rows * 4);
             }
         }
-        p->slots[slot] = pl_alloc((size_t)bytes, err);
-        if (!p->slots[slot]) {
-            return -1;
-        }
-        p->slot_bytes += bytes;
+        starts[slot] = p->slot_bytes;
+        p->slot_bytes += pl_round_up(bytes, 64);
     }
-    return 0;
+    p->slot_memory = pl_alloc((size_t)p->slot_bytes, err);
+    for (int32_t slot = 0; p->slot_memory && slot < p->n_slots; slot++) {
+        p->slots[slot] = p->slot_memory + starts[slot];
+    }
+    pl_free(starts);
+    return p->slot_memory ? 0 : -1;
 }
 
 static int32_t allocate_attention(pl_program *p, int32_t n_threads, pl_error *err) {
@@ -293,10 +297,8 @@ PL_API void pl_program_free(pl_program *p) {
     if (!p) {
         return;
     }
-    for (int32_t slot = 0; p->slots && slot < p->n_slots; slot++) {
-        pl_free(p->slots[slot]);
-    }
     pl_free(p->slots);
+    pl_free(p->slot_memory);
     pl_free(p->ops);
     pl_free(p->values);
     pl_free(p->counters);

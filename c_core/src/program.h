@@ -18,8 +18,9 @@ struct pl_program {
     int32_t n_ops;
     pl_value *values;
     int32_t n_values;
-    uint8_t **slots;
+    uint8_t **slots; /* in slot_memory, which is one piece so that it can lie in large pages */
     int32_t n_slots;
+    uint8_t *slot_memory;
     int64_t slot_bytes; /* of all slots */
     int32_t max_tokens, max_outputs;
     int32_t n_vocab; /* rows of the embedding table */

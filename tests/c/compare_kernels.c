@@ -86,9 +86,62 @@ static uint8_t *quantized_tile(const pl_kernels *k, const float *x, int32_t widt
     return tile;
 }
 
-static void compare_products(const pl_cpu_set *set, int32_t type) {
+/* The largest element of some rows of a matrix. */
+static float largest_of(const pl_weight *w, int64_t first, int64_t last) {
+    float largest = 0, *row = malloc(sizeof(float) * (size_t)w->n_cols);
+    for (int32_t r = (int32_t)first; r < last; r++) {
+        pl_weight_rows(w, &r, 1, row, NULL);
+        for (int64_t i = 0; i < w->n_cols; i++) {
+            largest = fmaxf(largest, fabsf(row[i]));
+        }
+    }
+    free(row);
+    return largest;
+}
+
+/* Some panels times some rows of x: all kinds of products of a set, into rows that lie `STRIDE` apart. */
+static void compare_product(const pl_cpu_set *set, const pl_weight *w, int64_t panel, int32_t panels, int32_t lanes,
+                            const float *x) {
+    enum { MOST = 2 * PL_PANEL_ROWS, STRIDE = MOST + 3 };
     const pl_kernels *k = set->kernels, *scalar = &pl_kernels_scalar;
-    const int32_t unit = pl_type_block_elements(type), width = unit == 1 ? 67 : 3 * unit, n_rows = 21;
+    const int32_t width = (int32_t)w->n_cols, type = w->format->type, columns = panels * PL_PANEL_ROWS;
+    const int64_t last_row = PL_MIN((panel + panels) * PL_PANEL_ROWS, w->n_rows);
+    const float tolerance = largest_of(w, panel * PL_PANEL_ROWS, last_row) * (float)width * 1e-6f;
+    const uint8_t *p = pl_weight_panel(w, panel);
+    float got[PL_MAX_LANES * STRIDE], expected[PL_PANEL_ROWS];
+    for (int32_t i = 0; i < PL_MAX_LANES * STRIDE; i++) {
+        got[i] = -7;
+    }
+    if (pl_format_is_float(w->format)) {
+        k->product_float(w, p, x, width, lanes, got, STRIDE);
+    } else {
+        uint8_t *tile = quantized_tile(k, x, width, lanes);
+        k->product(w->format, lanes, panels)(w, p, tile, got, STRIDE);
+        pl_free(tile);
+    }
+    for (int32_t i = 0; i < PL_MAX_LANES * STRIDE; i++) {
+        if ((i / STRIDE >= lanes || i % STRIDE >= columns) && got[i] != -7) {
+            differ(set->name, "what lies beside a product", type, lanes);
+        }
+    }
+    for (int32_t lane = 0; lane < lanes; lane++) {
+        for (int32_t i = 0; i < panels; i++) {
+            if (pl_format_is_float(w->format)) {
+                scalar->product_float(w, p, x + lane * width, width, 1, expected, PL_PANEL_ROWS);
+            } else {
+                uint8_t *tile = quantized_tile(scalar, x + lane * width, width, 1);
+                scalar->product(w->format, 1, 1)(w, p + i * w->panel_bytes, tile, expected, PL_PANEL_ROWS);
+                pl_free(tile);
+            }
+            if (!close_to(got + lane * STRIDE + i * PL_PANEL_ROWS, expected, PL_PANEL_ROWS, tolerance)) {
+                differ(set->name, "a product", type, lanes);
+            }
+        }
+    }
+}
+
+static void compare_products(const pl_cpu_set *set, int32_t type) {
+    const int32_t unit = pl_type_block_elements(type), width = unit == 1 ? 67 : 3 * unit, n_rows = 37;
     int64_t bytes;
     uint8_t *data = random_matrix(type, n_rows, width, &bytes);
     pl_weight *w = pl_weight_new(NULL, type, n_rows, width, data, bytes, NULL, NULL);
@@ -96,45 +149,14 @@ static void compare_products(const pl_cpu_set *set, int32_t type) {
     for (int32_t i = 0; i < width * PL_MAX_LANES; i++) {
         x[i] = random_float();
     }
-    float *row = malloc(sizeof(float) * (size_t)width);
-    _Alignas(64) float got[PL_MAX_LANES * PL_PANEL_ROWS + 1], expected[PL_PANEL_ROWS];
-    for (int64_t panel = 0; panel < w->n_panels; panel++) {
-        float largest = 0;
-        for (int32_t r = (int32_t)panel * PL_PANEL_ROWS; r < PL_MIN((panel + 1) * PL_PANEL_ROWS, n_rows); r++) {
-            pl_weight_rows(w, &r, 1, row, NULL);
-            for (int32_t i = 0; i < width; i++) {
-                largest = fmaxf(largest, fabsf(row[i]));
-            }
-        }
-        const float tolerance = largest * (float)width * 1e-6f;
-        const uint8_t *p = pl_weight_panel(w, panel);
-        for (int32_t lanes = 1; lanes <= k->max_lanes; lanes++) {
-            got[lanes * PL_PANEL_ROWS] = -7;
-            if (pl_format_is_float(w->format)) {
-                k->product_float(w, p, x, width, lanes, got);
-            } else {
-                uint8_t *tile = quantized_tile(k, x, width, lanes);
-                k->product(w->format, lanes)(w, p, tile, got);
-                pl_free(tile);
-            }
-            if (got[lanes * PL_PANEL_ROWS] != -7) {
-                differ(set->name, "what lies behind a product", type, lanes);
-            }
-            for (int32_t lane = 0; lane < lanes; lane++) {
-                if (pl_format_is_float(w->format)) {
-                    scalar->product_float(w, p, x + lane * width, width, 1, expected);
-                } else {
-                    uint8_t *tile = quantized_tile(scalar, x + lane * width, width, 1);
-                    scalar->product(w->format, 1)(w, p, tile, expected);
-                    pl_free(tile);
-                }
-                if (!close_to(got + lane * PL_PANEL_ROWS, expected, PL_PANEL_ROWS, tolerance)) {
-                    differ(set->name, "a product", type, lanes);
-                }
+    const int32_t most_panels = pl_format_is_float(w->format) ? 1 : set->kernels->max_panels;
+    for (int32_t panels = 1; panels <= most_panels; panels++) {
+        for (int64_t panel = 0; panel + panels <= w->n_panels; panel++) {
+            for (int32_t lanes = 1; lanes <= set->kernels->max_lanes; lanes++) {
+                compare_product(set, w, panel, panels, lanes, x);
             }
         }
     }
-    free(row);
     free(x);
     pl_weight_free(w);
     free(data);

@@ -10,16 +10,18 @@
 
 enum { PL_READ_UNIT = 1024, PL_ROUND_PRODUCTS = 8192 };
 
-/* out[lanes][16] = one panel of a quantized matrix times one tile of activations. */
-typedef void (*pl_panel_product)(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out);
+/* out[lane][0 .. 15 or 31], rows `stride` floats apart = one or two panels of a quantized matrix times a tile. */
+typedef void (*pl_panel_product)(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride);
 
 typedef struct pl_kernels {
-    int32_t max_lanes; /* rows of a tile, at most PL_MAX_LANES */
+    int32_t max_lanes;  /* rows of a tile, at most PL_MAX_LANES */
+    int32_t max_panels; /* 1 or 2 neighbouring ones in a product */
 
-    /* The product for a format and a number of lanes (1 .. max_lanes). */
-    pl_panel_product (*product)(const pl_format *format, int32_t lanes);
-    /* out[n][16] = one panel of a float matrix times n <= max_lanes rows of x (`stride` floats apart). */
-    void (*product_float)(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out);
+    /* The product for a format, a number of lanes (1 .. max_lanes) and of panels (1 .. max_panels). */
+    pl_panel_product (*product)(const pl_format *format, int32_t lanes, int32_t panels);
+    /* out[n][16] = one panel of a float matrix times n <= max_lanes rows of x; their rows are so many floats apart. */
+    void (*product_float)(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out,
+                          int64_t out_stride);
 
     /* Quantizes n_groups groups of 32 columns of one row into lane `lane` of a tile, from column group `first` on. */
     void (*quantize)(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first);

@@ -46,13 +46,12 @@ INLINE __m256 halves(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(
 INLINE __m256 unsigned_bytes(__m128i v) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)); }
 INLINE __m128i eight_bytes(const uint8_t *p) { return _mm_loadl_epi64((const __m128i *)p); }
 
-/* d and m (to be subtracted) of rows 8 * half .. 8 * half + 7 for sub-block `part` of the line's `group`. */
-INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *line, int group, int part, int half, __m256 *d,
-                   __m256 *m) {
+/* d and, in the formats that have it, m (to be subtracted) of rows 8 * half .. 8 * half + 7 for sub-block `part` of the line's `group`. */
+INLINE void affine(int kind, const uint8_t *head, const uint8_t *line, int group, int part, int half, __m256 *d, __m256 *m) {
+    *m = _mm256_setzero_ps();
     const int at = half * HALF_ROWS;
     if (kind == PL_SCALES_D) {
         *d = halves(line + group * 32 + 2 * at);
-        *m = _mm256_mul_ps(*d, _mm256_set1_ps((float)offset));
     } else if (kind == PL_SCALES_DM) {
         *d = halves(line + 2 * at);
         *m = _mm256_xor_ps(halves(line + 32 + 2 * at), _mm256_set1_ps(-0.0f));
@@ -68,7 +67,6 @@ INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *lin
             *m = _mm256_mul_ps(halves(head + 32 + 2 * at), unsigned_bytes(_mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
         } else {
             *d = _mm256_mul_ps(big_d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight_bytes(factors))));
-            *m = _mm256_mul_ps(*d, _mm256_set1_ps((float)offset));
         }
     }
 }
@@ -84,7 +82,7 @@ INLINE __m256i pairs(int low_bits, __m256i u, const uint8_t *q) {
 /* `n_halves` halves of the panel from `first_half` on times a tile. */
 INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, int n_halves,
                            int first_half, const pl_weight *w, const uint8_t *panel, const uint8_t *tile, const float *dx,
-                           const float *sums, float *out) {
+                           const float *sums, const int32_t *minus, float *out, int64_t stride) {
     const int64_t groups = w->n_cols / PL_GROUP;
     const int in_line = pl_line_groups(kind);
     const uint8_t *at = panel, *head = panel, *line = panel, *q = tile;
@@ -111,7 +109,9 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
             __m256i sum[MAX_LANES];
 #pragma GCC unroll 4
             for (int t = 0; t < n_halves * lanes; t++) {
-                sum[t] = _mm256_setzero_si256();
+                /* 8-bit codes have no offset any more when their sign has been moved */
+                sum[t] = offset && low_bits != 8 ? _mm256_slli_epi32(_mm256_set1_epi32(minus[t % lanes]), __builtin_ctz((unsigned)offset))
+                                                 : _mm256_setzero_si256();
             }
             __m256i narrow[MAX_LANES];
 #pragma GCC unroll 8
@@ -135,47 +135,51 @@ INLINE void product_halves(int low_bits, int two_shift, int one_shift, int sub, 
 #pragma GCC unroll 2
             for (int half = 0; half < n_halves; half++) {
                 __m256 d, m;
-                affine(kind, offset, head, line, (int)(group % in_line), part, first_half + half, &d, &m);
+                affine(kind, head, line, (int)(group % in_line), part, first_half + half, &d, &m);
 #pragma GCC unroll 4
                 for (int t = 0; t < lanes; t++) {
                     __m256 *to = &total[half * lanes + t];
                     const __m256 scaled = _mm256_mul_ps(d, _mm256_broadcast_ss(dx + t));
                     *to = _mm256_fmadd_ps(scaled, _mm256_cvtepi32_ps(sum[half * lanes + t]), *to);
-                    if (low_bits != 8) { /* with the sign moved, the codes have no offset any more */
+                    if (kind == PL_SCALES_DM || kind == PL_SCALES_K32) {
                         *to = _mm256_fnmadd_ps(m, _mm256_broadcast_ss(sums + t), *to);
+                    } else if (kind == PL_SCALES_K16M) {
+                        *to = _mm256_fmadd_ps(m, _mm256_set1_ps(dx[t] * (float)minus[t]), *to);
                     }
                 }
             }
-            sums += lanes;
+            minus += lanes;
         }
         at += pl_code_bytes(low_bits, two_shift, one_shift);
         q += PL_GROUP * lanes;
         dx += lanes;
+        sums += lanes;
     }
 #pragma GCC unroll 2
     for (int half = 0; half < n_halves; half++) {
 #pragma GCC unroll 4
         for (int t = 0; t < lanes; t++) {
-            _mm256_store_ps(out + t * PL_PANEL_ROWS + (first_half + half) * HALF_ROWS, total[half * lanes + t]);
+            _mm256_storeu_ps(out + t * stride + (first_half + half) * HALF_ROWS, total[half * lanes + t]);
         }
     }
 }
 
 INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, const pl_weight *w,
-                    const uint8_t *panel, uint8_t *tile, float *out) {
+                    const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {
     const int32_t width = (int32_t)w->n_cols;
-    const float *dx = pl_q8_d(tile, width, lanes);
-    const float *sums = sub == 32 ? pl_q8_sum32(tile, width, lanes) : pl_q8_sum16(tile, width, lanes);
+    const float *dx = pl_q8_d(tile, width, lanes), *sums = pl_q8_sum32(tile, width, lanes);
+    const int32_t *minus = sub == 32 ? pl_q8_minus32(tile, width, lanes) : pl_q8_minus16(tile, width, lanes);
     const int n_halves = lanes <= MAX_LANES / 2 ? 2 : 1;
     for (int half = 0; half < 2; half += n_halves) {
-        product_halves(low_bits, two_shift, one_shift, sub, kind, offset, lanes, n_halves, half, w, panel, tile, dx, sums, out);
+        product_halves(low_bits, two_shift, one_shift, sub, kind, offset, lanes, n_halves, half, w, panel, tile, dx, sums, minus, out,
+                       stride);
     }
 }
 
 /* One function for each format and each number of lanes. */
 #define PRODUCT(name, lanes, ...)                                                                                           \
-    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out) {                       \
-        product(__VA_ARGS__, lanes, w, panel, tile, out);                                                                   \
+    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {       \
+        product(__VA_ARGS__, lanes, w, panel, tile, out, stride);                                                           \
     }
 #define PRODUCTS(name, ...)                                                                                                 \
     PRODUCT(name, 1, __VA_ARGS__)                                                                                           \
@@ -196,7 +200,8 @@ PRODUCTS(q4_k, 4, -1, -1, 32, PL_SCALES_K32, 0)
 PRODUCTS(q5_k, 4, -1, 4, 32, PL_SCALES_K32, 0)
 PRODUCTS(q6_k, 4, 4, -1, 16, PL_SCALES_K16, 32)
 
-static pl_panel_product product_for(const pl_format *format, int32_t lanes) {
+static pl_panel_product product_for(const pl_format *format, int32_t lanes, int32_t panels) {
+    (void)panels; /* one at a time */
     static const pl_panel_product *const by_type[] = {
         [PL_Q4_0] = q4_0, [PL_Q4_1] = q4_1, [PL_Q5_0] = q5_0, [PL_Q5_1] = q5_1, [PL_Q8_0] = q8_0,
         [PL_Q2_K] = q2_k, [PL_Q3_K] = q3_k, [PL_Q4_K] = q4_k, [PL_Q5_K] = q5_k, [PL_Q6_K] = q6_k,
@@ -218,7 +223,7 @@ INLINE __m256 float_column(int type, const uint8_t *panel, int64_t at) {
 
 /* `chains` independent accumulators a lane and half hide the latency of the multiply-add when there are few lanes. */
 INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
-                            int64_t stride, float *out) {
+                            int64_t stride, float *out, int64_t out_stride) {
     __m256 total[8];
 #pragma GCC unroll 8
     for (int t = 0; t < 2 * lanes * chains; t++) {
@@ -247,33 +252,34 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
         for (int chain = 1; chain < chains; chain++) {
             total[i] = _mm256_add_ps(total[i], total[chain * 2 * lanes + i]);
         }
-        _mm256_store_ps(out + i % lanes * PL_PANEL_ROWS + i / lanes * HALF_ROWS, total[i]);
+        _mm256_storeu_ps(out + i % lanes * out_stride + i / lanes * HALF_ROWS, total[i]);
     }
 }
 
 INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
-                               float *out) {
+                               float *out, int64_t out_stride) {
     while (n >= 4) {
-        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out);
+        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out, out_stride);
         x += 4 * stride;
-        out += 4 * PL_PANEL_ROWS;
+        out += 4 * out_stride;
         n -= 4;
     }
-    for (; n > 0; n--, x += stride, out += PL_PANEL_ROWS) {
-        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out);
+    for (; n > 0; n--, x += stride, out += out_stride) {
+        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out, out_stride);
     }
 }
 
-static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out) {
+static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out,
+                          int64_t out_stride) {
     switch (w->format->type) {
     case PL_F32:
-        product_float_type(PL_F32, w, panel, x, stride, n, out);
+        product_float_type(PL_F32, w, panel, x, stride, n, out, out_stride);
         break;
     case PL_F16:
-        product_float_type(PL_F16, w, panel, x, stride, n, out);
+        product_float_type(PL_F16, w, panel, x, stride, n, out, out_stride);
         break;
     default:
-        product_float_type(PL_BF16, w, panel, x, stride, n, out);
+        product_float_type(PL_BF16, w, panel, x, stride, n, out, out_stride);
         break;
     }
 }
@@ -297,7 +303,8 @@ INLINE int32_t integer_sum_of(__m256i v) {
 }
 
 static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
-    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
+    int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
         __m256 v[4], largest = _mm256_setzero_ps();
@@ -322,8 +329,9 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         }
         d[g * lanes + lane] = scale;
         sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
-        sum16[2 * g * lanes + lane] = scale * (float)sum_a;
-        sum16[(2 * g + 1) * lanes + lane] = scale * (float)sum_b;
+        minus32[g * lanes + lane] = -(sum_a + sum_b);
+        minus16[2 * g * lanes + lane] = -sum_a;
+        minus16[(2 * g + 1) * lanes + lane] = -sum_b;
     }
 }
 
@@ -432,5 +440,5 @@ static int32_t multiply_add(int64_t rounds) {
     return integer_sum_of(sum[0]);
 }
 
-const pl_kernels pl_kernels_avx2 = {MAX_LANES, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_avx2 = {MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
 #endif

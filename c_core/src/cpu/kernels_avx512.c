@@ -15,6 +15,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/*
+ * How far ahead of the codes that are multiplied others are fetched. Memory answers after some 500 cycles, in which a product
+ * of many lanes gets through eight groups and one of few lanes through forty; the processor's own fetching ahead alone does
+ * not keep a product of many lanes supplied.
+ */
+enum { AHEAD = 4096 };
+
 /* Codes of columns 4i .. 4i+3 of a group, for 16 rows. The parameters before `low` are constants after inlining. */
 INLINE __m512i codes(int low_bits, int two_shift, int one_shift, const uint8_t *low, const uint8_t *two, const uint8_t *one,
                      int i) {
@@ -43,11 +50,11 @@ INLINE __m512i codes(int low_bits, int two_shift, int one_shift, const uint8_t *
 INLINE __m512 halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE __m512 unsigned_bytes(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)); }
 
-/* d and m (to be subtracted) of 16 rows for sub-block `part` of the line's `group`. */
-INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *line, int group, int part, __m512 *d, __m512 *m) {
+/* d and, in the formats that have it, m (to be subtracted) of 16 rows for sub-block `part` of the line's `group`. */
+INLINE void affine(int kind, const uint8_t *head, const uint8_t *line, int group, int part, __m512 *d, __m512 *m) {
+    *m = _mm512_setzero_ps();
     if (kind == PL_SCALES_D) {
         *d = halves(line + group * 32);
-        *m = _mm512_mul_ps(*d, _mm512_set1_ps((float)offset));
     } else if (kind == PL_SCALES_DM) {
         *d = halves(line);
         *m = _mm512_xor_ps(halves(line + 32), _mm512_set1_ps(-0.0f));
@@ -64,23 +71,25 @@ INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *lin
         } else {
             const __m128i factor = _mm_loadu_si128((const __m128i *)factors);
             *d = _mm512_mul_ps(big_d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(factor)));
-            *m = _mm512_mul_ps(*d, _mm512_set1_ps((float)offset));
         }
     }
 }
 
-INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, const pl_weight *w,
-                    const uint8_t *panel, uint8_t *tile, float *out) {
+/*
+ * `panels` (1 or 2) neighbouring panels times a tile. In the formats with an offset the integer sums begin at minus the offset
+ * times the sum of the activations, so that codes need not become signed.
+ */
+INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, int panels,
+                    const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {
     const int32_t width = (int32_t)w->n_cols;
-    const int64_t groups = width / PL_GROUP;
-    const int in_line = pl_line_groups(kind);
+    const int64_t groups = width / PL_GROUP, apart = w->panel_bytes;
+    const int in_line = pl_line_groups(kind), parts = PL_GROUP / sub, n = panels * lanes;
     const uint8_t *at = panel, *head = panel, *line = panel, *q = tile;
-    const float *dx = pl_q8_d(tile, width, lanes);
-    const float *sums = sub == 32 ? pl_q8_sum32(tile, width, lanes) : pl_q8_sum16(tile, width, lanes);
-    const int parts = PL_GROUP / sub;
-    __m512 total[PL_MAX_LANES];
+    const float *dx = pl_q8_d(tile, width, lanes), *sums = pl_q8_sum32(tile, width, lanes);
+    const int32_t *minus = sub == 32 ? pl_q8_minus32(tile, width, lanes) : pl_q8_minus16(tile, width, lanes);
+    __m512 total[2 * PL_MAX_LANES];
 #pragma GCC unroll 12
-    for (int t = 0; t < lanes; t++) {
+    for (int t = 0; t < n; t++) {
         total[t] = _mm512_setzero_ps();
     }
     for (int64_t group = 0; group < groups; group++) {
@@ -92,64 +101,95 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
             line = at;
             at += PL_LINE_BYTES;
         }
-        const uint8_t *two = at + pl_two_at(low_bits), *one = at + pl_one_at(low_bits, two_shift);
+        const uint8_t *codes_at[2] = {at, at + (panels - 1) * apart};
+        __asm__("" : "+r"(codes_at[1])); /* one register instead of many sums of addresses */
+#pragma GCC unroll 2
+        for (int p = 0; p < panels; p++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < pl_code_bytes(low_bits, two_shift, one_shift); i += 64) {
+                _mm_prefetch((const char *)(codes_at[p] + AHEAD + i), _MM_HINT_T0);
+            }
+        }
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
-            __m512i sum[PL_MAX_LANES];
-#pragma GCC unroll 12
+            __m512i sum[2 * PL_MAX_LANES];
+#pragma GCC unroll 6
             for (int t = 0; t < lanes; t++) {
-                sum[t] = _mm512_setzero_si512();
+                sum[t] = offset ? _mm512_slli_epi32(_mm512_set1_epi32(minus[t]), __builtin_ctz((unsigned)offset | 1u << 31))
+                                : _mm512_setzero_si512();
+                sum[(panels - 1) * lanes + t] = sum[t];
             }
 #pragma GCC unroll 8
             for (int i = part * (sub / 4); i < (part + 1) * (sub / 4); i++) {
-                const __m512i u = codes(low_bits, two_shift, one_shift, at, two, one, i);
-#pragma GCC unroll 12
+                __m512i u[2];
+#pragma GCC unroll 2
+                for (int p = 0; p < panels; p++) {
+                    const uint8_t *low = codes_at[p], *two = low + pl_two_at(low_bits);
+                    u[p] = codes(low_bits, two_shift, one_shift, low, two, low + pl_one_at(low_bits, two_shift), i);
+                }
+#pragma GCC unroll 6
                 for (int t = 0; t < lanes; t++) {
                     int32_t four;
                     memcpy(&four, q + (i * lanes + t) * 4, 4);
-                    sum[t] = _mm512_dpbusd_epi32(sum[t], u, _mm512_set1_epi32(four));
+                    const __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+                    for (int p = 0; p < panels; p++) {
+                        sum[p * lanes + t] = _mm512_dpbusd_epi32(sum[p * lanes + t], u[p], x);
+                    }
                 }
             }
-            __m512 d, m;
-            affine(kind, offset, head, line, (int)(group % in_line), part, &d, &m);
-#pragma GCC unroll 12
-            for (int t = 0; t < lanes; t++) {
-                const __m512 scaled = _mm512_mul_ps(d, _mm512_set1_ps(dx[t]));
-                total[t] = _mm512_fmadd_ps(scaled, _mm512_cvtepi32_ps(sum[t]), total[t]);
-                total[t] = _mm512_fnmadd_ps(m, _mm512_set1_ps(sums[t]), total[t]);
+#pragma GCC unroll 2
+            for (int p = 0; p < panels; p++) {
+                __m512 d, m;
+                affine(kind, head + p * apart, line + p * apart, (int)(group % in_line), part, &d, &m);
+#pragma GCC unroll 6
+                for (int t = 0; t < lanes; t++) {
+                    __m512 *to = &total[p * lanes + t];
+                    const __m512 scaled = _mm512_mul_ps(d, _mm512_set1_ps(dx[t]));
+                    *to = _mm512_fmadd_ps(scaled, _mm512_cvtepi32_ps(sum[p * lanes + t]), *to);
+                    if (kind == PL_SCALES_DM || kind == PL_SCALES_K32) {
+                        *to = _mm512_fnmadd_ps(m, _mm512_set1_ps(sums[t]), *to);
+                    } else if (kind == PL_SCALES_K16M) {
+                        *to = _mm512_fmadd_ps(m, _mm512_set1_ps(dx[t] * (float)minus[t]), *to);
+                    }
+                }
             }
-            sums += lanes;
+            minus += lanes;
         }
         at += pl_code_bytes(low_bits, two_shift, one_shift);
         q += PL_GROUP * lanes;
         dx += lanes;
+        sums += lanes;
     }
-#pragma GCC unroll 12
-    for (int t = 0; t < lanes; t++) {
-        _mm512_store_ps(out + t * PL_PANEL_ROWS, total[t]);
+#pragma GCC unroll 2
+    for (int p = 0; p < panels; p++) {
+#pragma GCC unroll 6
+        for (int t = 0; t < lanes; t++) {
+            _mm512_storeu_ps(out + t * stride + p * PL_PANEL_ROWS, total[p * lanes + t]);
+        }
     }
 }
 
-/* One function for each format and each number of lanes. */
-#define PRODUCT(name, lanes, ...)                                                                                           \
-    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out) {                       \
-        product(__VA_ARGS__, lanes, w, panel, tile, out);                                                                   \
+/* One function for each format, number of panels and number of lanes. */
+#define PRODUCT(name, lanes, panels, ...)                                                                                   \
+    static void name##_##panels##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out,              \
+                                          int64_t stride) {                                                                 \
+        product(__VA_ARGS__, lanes, panels, w, panel, tile, out, stride);                                                   \
     }
+#define PRODUCTS_OF(name, panels, ...)                                                                                      \
+    PRODUCT(name, 1, panels, __VA_ARGS__)                                                                                   \
+    PRODUCT(name, 2, panels, __VA_ARGS__)                                                                                   \
+    PRODUCT(name, 3, panels, __VA_ARGS__)                                                                                   \
+    PRODUCT(name, 4, panels, __VA_ARGS__)                                                                                   \
+    PRODUCT(name, 5, panels, __VA_ARGS__)                                                                                   \
+    PRODUCT(name, 6, panels, __VA_ARGS__)
+#define ROW(name, panels)                                                                                                   \
+    {name##_##panels##_1, name##_##panels##_2, name##_##panels##_3, name##_##panels##_4, name##_##panels##_5,               \
+     name##_##panels##_6}
 #define PRODUCTS(name, ...)                                                                                                 \
-    PRODUCT(name, 1, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 2, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 3, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 4, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 5, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 6, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 7, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 8, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 9, __VA_ARGS__)                                                                                           \
-    PRODUCT(name, 10, __VA_ARGS__)                                                                                          \
-    PRODUCT(name, 11, __VA_ARGS__)                                                                                          \
-    PRODUCT(name, 12, __VA_ARGS__)                                                                                          \
-    static const pl_panel_product name[] = {name##_1, name##_2, name##_3, name##_4,  name##_5,  name##_6,                   \
-                                            name##_7, name##_8, name##_9, name##_10, name##_11, name##_12};
+    PRODUCTS_OF(name, 1, __VA_ARGS__)                                                                                       \
+    PRODUCTS_OF(name, 2, __VA_ARGS__)                                                                                       \
+    static const pl_panel_product name[2][PL_MAX_LANES] = {ROW(name, 1), ROW(name, 2)};
 
 /*              low two one sub scales offset: as in formats.c */
 PRODUCTS(q4_0, 4, -1, -1, 32, PL_SCALES_D, 8)
@@ -163,18 +203,18 @@ PRODUCTS(q4_k, 4, -1, -1, 32, PL_SCALES_K32, 0)
 PRODUCTS(q5_k, 4, -1, 4, 32, PL_SCALES_K32, 0)
 PRODUCTS(q6_k, 4, 4, -1, 16, PL_SCALES_K16, 32)
 
-static pl_panel_product product_for(const pl_format *format, int32_t lanes) {
-    static const pl_panel_product *const by_type[] = {
+static pl_panel_product product_for(const pl_format *format, int32_t lanes, int32_t panels) {
+    static const pl_panel_product (*const by_type[])[PL_MAX_LANES] = {
         [PL_Q4_0] = q4_0, [PL_Q4_1] = q4_1, [PL_Q5_0] = q5_0, [PL_Q5_1] = q5_1, [PL_Q8_0] = q8_0,
         [PL_Q2_K] = q2_k, [PL_Q3_K] = q3_k, [PL_Q4_K] = q4_k, [PL_Q5_K] = q5_k, [PL_Q6_K] = q6_k,
     };
-    return by_type[format->type][lanes - 1];
+    return by_type[format->type][panels - 1][lanes - 1];
 }
 
 /* `chains` independent accumulators a lane hide the latency of the multiply-add when there are few lanes. */
 INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
-                            int64_t stride, float *out) {
-    __m512 total[PL_MAX_LANES];
+                            int64_t stride, float *out, int64_t out_stride) {
+    __m512 total[2 * PL_MAX_LANES];
 #pragma GCC unroll 12
     for (int t = 0; t < lanes * chains; t++) {
         total[t] = _mm512_setzero_ps();
@@ -208,39 +248,41 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
         for (int chain = 1; chain < chains; chain++) {
             total[t * chains] = _mm512_add_ps(total[t * chains], total[t * chains + chain]);
         }
-        _mm512_store_ps(out + t * PL_PANEL_ROWS, total[t * chains]);
+        _mm512_storeu_ps(out + t * out_stride, total[t * chains]);
     }
 }
 
 INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
-                               float *out) {
-    while (n >= 4) {
-        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out);
-        x += 4 * stride;
-        out += 4 * PL_PANEL_ROWS;
-        n -= 4;
+                               float *out, int64_t out_stride) {
+    for (; n >= 6; n -= 6, x += 6 * stride, out += 6 * out_stride) {
+        product_float_n(type, 6, 2, w->n_cols, panel, x, stride, out, out_stride);
     }
-    for (; n > 0; n--, x += stride, out += PL_PANEL_ROWS) {
-        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out);
+    for (; n >= 2; n -= 2, x += 2 * stride, out += 2 * out_stride) {
+        product_float_n(type, 2, 4, w->n_cols, panel, x, stride, out, out_stride);
+    }
+    if (n) {
+        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out, out_stride);
     }
 }
 
-static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out) {
+static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out,
+                          int64_t out_stride) {
     switch (w->format->type) {
     case PL_F32:
-        product_float_type(PL_F32, w, panel, x, stride, n, out);
+        product_float_type(PL_F32, w, panel, x, stride, n, out, out_stride);
         break;
     case PL_F16:
-        product_float_type(PL_F16, w, panel, x, stride, n, out);
+        product_float_type(PL_F16, w, panel, x, stride, n, out, out_stride);
         break;
     default:
-        product_float_type(PL_BF16, w, panel, x, stride, n, out);
+        product_float_type(PL_BF16, w, panel, x, stride, n, out, out_stride);
         break;
     }
 }
 
 static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
-    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
+    int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
     for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
         const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
         const float scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b))) / 127.0f;
@@ -260,8 +302,9 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         }
         d[g * lanes + lane] = scale;
         sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
-        sum16[2 * g * lanes + lane] = scale * (float)sum_a;
-        sum16[(2 * g + 1) * lanes + lane] = scale * (float)sum_b;
+        minus32[g * lanes + lane] = -(sum_a + sum_b);
+        minus16[2 * g * lanes + lane] = -sum_a;
+        minus16[(2 * g + 1) * lanes + lane] = -sum_b;
     }
 }
 
@@ -347,5 +390,5 @@ static int32_t multiply_add(int64_t rounds) {
     return _mm512_reduce_add_epi32(sum[0]);
 }
 
-const pl_kernels pl_kernels_avx512 = {12, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_avx512 = {PL_MAX_LANES, 2, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
 #endif

@@ -54,13 +54,13 @@ INLINE float32x4_t signed_bytes(uint8x8_t v) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(v)))));
 }
 
-/* d and m (to be subtracted) of rows 4 * quarter .. + 3 for sub-block `part` of the line's `group`. */
-INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *line, int group, int part, int quarter,
+/* d and, in the formats that have it, m (to be subtracted) of rows 4 * quarter .. + 3 for sub-block `part` of the line's `group`. */
+INLINE void affine(int kind, const uint8_t *head, const uint8_t *line, int group, int part, int quarter,
                    float32x4_t *d, float32x4_t *m) {
+    *m = vdupq_n_f32(0);
     const int at = quarter * QUARTER_ROWS;
     if (kind == PL_SCALES_D) {
         *d = halves(line + group * 32 + 2 * at);
-        *m = vmulq_n_f32(*d, (float)offset);
     } else if (kind == PL_SCALES_DM) {
         *d = halves(line + 2 * at);
         *m = vnegq_f32(halves(line + 32 + 2 * at));
@@ -76,7 +76,6 @@ INLINE void affine(int kind, int offset, const uint8_t *head, const uint8_t *lin
             *m = vmulq_f32(halves(head + 32 + 2 * at), unsigned_bytes(vshr_n_u8(both, 4)));
         } else {
             *d = vmulq_f32(big_d, signed_bytes(four_bytes(factors)));
-            *m = vmulq_n_f32(*d, (float)offset);
         }
     }
 }
@@ -98,7 +97,7 @@ INLINE int32x4_t dot(int32x4_t sum, int8x16_t u, int8x16_t x, int quarter) {
 /* `n` quarters of the panel from `first_quarter` on times a tile. */
 INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, int n,
                              int first_quarter, const pl_weight *w, const uint8_t *panel, const uint8_t *tile,
-                             const float *dx, const float *sums, float *out) {
+                             const float *dx, const float *sums, const int32_t *minus, float *out, int64_t stride) {
     const int64_t groups = w->n_cols / PL_GROUP;
     const int in_line = pl_line_groups(kind), parts = PL_GROUP / sub;
     const uint8_t *at = panel, *head = panel, *line = panel;
@@ -122,7 +121,8 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
             int32x4_t sum[2 * MAX_LANES];
 #pragma GCC unroll 12
             for (int t = 0; t < n * lanes; t++) {
-                sum[t] = vdupq_n_s32(0);
+                /* 8-bit codes have no offset any more when their sign has been restored */
+                sum[t] = vdupq_n_s32(offset && low_bits != 8 ? minus[t % lanes] * offset : 0);
             }
 #pragma GCC unroll 8
             for (int i = part * (sub / 4); i < (part + 1) * (sub / 4); i++) {
@@ -141,46 +141,49 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
 #pragma GCC unroll 4
             for (int k = 0; k < n; k++) {
                 float32x4_t d, m;
-                affine(kind, offset, head, line, (int)(group % in_line), part, first_quarter + k, &d, &m);
+                affine(kind, head, line, (int)(group % in_line), part, first_quarter + k, &d, &m);
 #pragma GCC unroll 6
                 for (int t = 0; t < lanes; t++) {
                     float32x4_t *to = &total[k * lanes + t];
                     *to = vfmaq_f32(*to, vmulq_n_f32(d, dx[t]), vcvtq_f32_s32(sum[k * lanes + t]));
-                    if (low_bits != 8) { /* with the sign restored, the codes have no offset any more */
+                    if (kind == PL_SCALES_DM || kind == PL_SCALES_K32) {
                         *to = vfmsq_n_f32(*to, m, sums[t]);
+                    } else if (kind == PL_SCALES_K16M) {
+                        *to = vfmaq_n_f32(*to, m, dx[t] * (float)minus[t]);
                     }
                 }
             }
-            sums += lanes;
+            minus += lanes;
         }
         at += pl_code_bytes(low_bits, two_shift, one_shift);
         q += PL_GROUP * lanes;
         dx += lanes;
+        sums += lanes;
     }
 #pragma GCC unroll 4
     for (int k = 0; k < n; k++) {
 #pragma GCC unroll 6
         for (int t = 0; t < lanes; t++) {
-            vst1q_f32(out + t * PL_PANEL_ROWS + (first_quarter + k) * QUARTER_ROWS, total[k * lanes + t]);
+            vst1q_f32(out + t * stride + (first_quarter + k) * QUARTER_ROWS, total[k * lanes + t]);
         }
     }
 }
 
 INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, const pl_weight *w,
-                    const uint8_t *panel, uint8_t *tile, float *out) {
+                    const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {
     const int32_t width = (int32_t)w->n_cols;
-    const float *dx = pl_q8_d(tile, width, lanes);
-    const float *sums = sub == 32 ? pl_q8_sum32(tile, width, lanes) : pl_q8_sum16(tile, width, lanes);
+    const float *dx = pl_q8_d(tile, width, lanes), *sums = pl_q8_sum32(tile, width, lanes);
+    const int32_t *minus = sub == 32 ? pl_q8_minus32(tile, width, lanes) : pl_q8_minus16(tile, width, lanes);
     const int n = lanes <= MAX_LANES / 2 ? 4 : 2;
     for (int quarter = 0; quarter < 4; quarter += n) {
-        product_quarters(low_bits, two_shift, one_shift, sub, kind, offset, lanes, n, quarter, w, panel, tile, dx, sums, out);
+        product_quarters(low_bits, two_shift, one_shift, sub, kind, offset, lanes, n, quarter, w, panel, tile, dx, sums, minus, out, stride);
     }
 }
 
 /* One function for each format and each number of lanes. */
 #define PRODUCT(name, lanes, ...)                                                                                           \
-    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out) {                       \
-        product(__VA_ARGS__, lanes, w, panel, tile, out);                                                                   \
+    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {       \
+        product(__VA_ARGS__, lanes, w, panel, tile, out, stride);                                                           \
     }
 #define PRODUCTS(name, ...)                                                                                                 \
     PRODUCT(name, 1, __VA_ARGS__)                                                                                           \
@@ -203,7 +206,8 @@ PRODUCTS(q4_k, 4, -1, -1, 32, PL_SCALES_K32, 0)
 PRODUCTS(q5_k, 4, -1, 4, 32, PL_SCALES_K32, 0)
 PRODUCTS(q6_k, 4, 4, -1, 16, PL_SCALES_K16, 32)
 
-static pl_panel_product product_for(const pl_format *format, int32_t lanes) {
+static pl_panel_product product_for(const pl_format *format, int32_t lanes, int32_t panels) {
+    (void)panels; /* one at a time */
     static const pl_panel_product *const by_type[] = {
         [PL_Q4_0] = q4_0, [PL_Q4_1] = q4_1, [PL_Q5_0] = q5_0, [PL_Q5_1] = q5_1, [PL_Q8_0] = q8_0,
         [PL_Q2_K] = q2_k, [PL_Q3_K] = q3_k, [PL_Q4_K] = q4_k, [PL_Q5_K] = q5_k, [PL_Q6_K] = q6_k,
@@ -224,7 +228,7 @@ INLINE float32x4_t float_column(int type, const uint8_t *panel, int64_t at) {
 
 /* `chains` independent accumulators a lane and quarter hide the latency of the multiply-add when there are few lanes. */
 INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
-                            int64_t stride, float *out) {
+                            int64_t stride, float *out, int64_t out_stride) {
     float32x4_t total[16];
 #pragma GCC unroll 16
     for (int t = 0; t < 4 * lanes * chains; t++) {
@@ -253,39 +257,41 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
         for (int chain = 1; chain < chains; chain++) {
             total[i] = vaddq_f32(total[i], total[chain * 4 * lanes + i]);
         }
-        vst1q_f32(out + i % lanes * PL_PANEL_ROWS + i / lanes * QUARTER_ROWS, total[i]);
+        vst1q_f32(out + i % lanes * out_stride + i / lanes * QUARTER_ROWS, total[i]);
     }
 }
 
 INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
-                               float *out) {
+                               float *out, int64_t out_stride) {
     while (n >= 4) {
-        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out);
+        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out, out_stride);
         x += 4 * stride;
-        out += 4 * PL_PANEL_ROWS;
+        out += 4 * out_stride;
         n -= 4;
     }
-    for (; n > 0; n--, x += stride, out += PL_PANEL_ROWS) {
-        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out);
+    for (; n > 0; n--, x += stride, out += out_stride) {
+        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out, out_stride);
     }
 }
 
-static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out) {
+static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out,
+                          int64_t out_stride) {
     switch (w->format->type) {
     case PL_F32:
-        product_float_type(PL_F32, w, panel, x, stride, n, out);
+        product_float_type(PL_F32, w, panel, x, stride, n, out, out_stride);
         break;
     case PL_F16:
-        product_float_type(PL_F16, w, panel, x, stride, n, out);
+        product_float_type(PL_F16, w, panel, x, stride, n, out, out_stride);
         break;
     default:
-        product_float_type(PL_BF16, w, panel, x, stride, n, out);
+        product_float_type(PL_BF16, w, panel, x, stride, n, out, out_stride);
         break;
     }
 }
 
 static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
-    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
+    int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
     for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
         float32x4_t v[8], largest = vdupq_n_f32(0);
         for (int i = 0; i < 8; i++) {
@@ -305,8 +311,9 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         const int32_t sum_a = vaddvq_s32(halves_sum[0]), sum_b = vaddvq_s32(halves_sum[1]);
         d[g * lanes + lane] = scale;
         sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
-        sum16[2 * g * lanes + lane] = scale * (float)sum_a;
-        sum16[(2 * g + 1) * lanes + lane] = scale * (float)sum_b;
+        minus32[g * lanes + lane] = -(sum_a + sum_b);
+        minus16[2 * g * lanes + lane] = -sum_a;
+        minus16[(2 * g + 1) * lanes + lane] = -sum_b;
     }
 }
 
@@ -415,5 +422,5 @@ static int32_t multiply_add(int64_t rounds) {
     return vaddvq_s32(sum[0]);
 }
 
-const pl_kernels pl_kernels_neon = {MAX_LANES, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_neon = {MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
 #endif

@@ -4,12 +4,15 @@
 #include <float.h>
 #include <math.h>
 
-static void product(const pl_weight *w, const uint8_t *panel, uint8_t *tile, int32_t lanes, float *out) {
+static void product(const pl_weight *w, const uint8_t *panel, uint8_t *tile, int32_t lanes, float *out, int64_t stride) {
     const int32_t width = (int32_t)w->n_cols;
     const int64_t first_row = (panel - w->panels) / w->panel_bytes * PL_PANEL_ROWS;
     const int8_t *q = (const int8_t *)tile;
-    const float *dx = pl_q8_d(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
-    memset(out, 0, sizeof(float) * (size_t)lanes * PL_PANEL_ROWS);
+    const float *dx = pl_q8_d(tile, width, lanes);
+    const int32_t *minus16 = pl_q8_minus16(tile, width, lanes), offset = w->format->offset;
+    for (int32_t t = 0; t < lanes; t++) {
+        memset(out + t * stride, 0, sizeof(float) * PL_PANEL_ROWS);
+    }
     for (int r = 0; r < PL_PANEL_ROWS; r++) {
         for (int32_t group = 0; group < width / PL_GROUP; group++) {
             uint8_t codes[PL_GROUP];
@@ -17,12 +20,16 @@ static void product(const pl_weight *w, const uint8_t *panel, uint8_t *tile, int
             pl_weight_group(w, first_row + r, group, codes, d, m);
             for (int t = 0; t < lanes; t++) {
                 for (int half = 0; half < 2; half++) {
-                    int32_t sum = 0;
+                    const int32_t minus = minus16[(2 * group + half) * lanes + t];
+                    int32_t sum = offset * minus;
                     for (int k = 16 * half; k < 16 * half + 16; k++) {
                         sum += codes[k] * q[((group * PL_GROUP + k) / 4 * lanes + t) * 4 + k % 4];
                     }
-                    out[t * PL_PANEL_ROWS + r] +=
-                        d[half] * dx[group * lanes + t] * (float)sum - m[half] * sum16[(2 * group + half) * lanes + t];
+                    float *y = &out[t * stride + r];
+                    *y += d[half] * dx[group * lanes + t] * (float)sum;
+                    if (!offset) {
+                        *y += m[half] * (dx[group * lanes + t] * (float)minus);
+                    }
                 }
             }
         }
@@ -30,21 +37,23 @@ static void product(const pl_weight *w, const uint8_t *panel, uint8_t *tile, int
 }
 
 #define PRODUCT(lanes)                                                                                                      \
-    static void product_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out) {                      \
-        product(w, panel, tile, lanes, out);                                                                                \
+    static void product_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {      \
+        product(w, panel, tile, lanes, out, stride);                                                                        \
     }
 PRODUCT(1)
 PRODUCT(2)
 PRODUCT(3)
 PRODUCT(4)
 
-static pl_panel_product product_for(const pl_format *format, int32_t lanes) {
+static pl_panel_product product_for(const pl_format *format, int32_t lanes, int32_t panels) {
     static const pl_panel_product by_lanes[] = {product_1, product_2, product_3, product_4};
     (void)format;
+    (void)panels;
     return by_lanes[lanes - 1];
 }
 
-static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out) {
+static void product_float(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out,
+                          int64_t out_stride) {
     const int64_t first_row = (panel - w->panels) / w->panel_bytes * PL_PANEL_ROWS;
     for (int32_t t = 0; t < n; t++) {
         for (int r = 0; r < PL_PANEL_ROWS; r++) {
@@ -52,13 +61,14 @@ static void product_float(const pl_weight *w, const uint8_t *panel, const float 
             for (int64_t c = 0; c < w->n_cols; c++) {
                 sum += pl_weight_float(w, first_row + r, c) * x[t * stride + c];
             }
-            out[t * PL_PANEL_ROWS + r] = sum;
+            out[t * out_stride + r] = sum;
         }
     }
 }
 
 static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
-    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes), *sum16 = pl_q8_sum16(tile, width, lanes);
+    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
+    int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
     for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
         float largest = 0;
         for (int j = 0; j < PL_GROUP; j++) {
@@ -73,8 +83,9 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         }
         d[g * lanes + lane] = scale;
         sum32[g * lanes + lane] = scale * (float)(sum[0] + sum[1]);
-        sum16[2 * g * lanes + lane] = scale * (float)sum[0];
-        sum16[(2 * g + 1) * lanes + lane] = scale * (float)sum[1];
+        minus32[g * lanes + lane] = -(sum[0] + sum[1]);
+        minus16[2 * g * lanes + lane] = -sum[0];
+        minus16[(2 * g + 1) * lanes + lane] = -sum[1];
     }
 }
 
@@ -127,4 +138,4 @@ static int32_t multiply_add(int64_t rounds) {
     return all;
 }
 
-const pl_kernels pl_kernels_scalar = {4, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_scalar = {4, 1, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
