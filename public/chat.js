@@ -200,7 +200,7 @@ export class ChatView {
       view.foot.isFinal = false
       return
     }
-    const key = JSON.stringify([isLast, message.error, message.ended, Boolean(message.pieces), view.asTokens, message.stats])
+    const key = JSON.stringify([isLast, message.content === '', message.error, message.ended, Boolean(message.pieces), view.asTokens, message.stats])
     if (view.foot.isFinal === key) return
     view.foot.isFinal = key
     this.#paintFoot(view, message, isLast)
@@ -233,9 +233,10 @@ export class ChatView {
 
   #paintFoot(view, message, isLast) {
     const isUser = message.role === 'user'
-    const actions = [copyButton(() => message.content)]
-    if (!isUser && isLast) actions.push(iconButton('again', 'Answer again', () => this.session.regenerate(), { class: 'regenerate' }))
-    actions.push(iconButton('edit', isUser ? 'Edit and ask again' : 'Edit this answer', () => this.#edit(view, message), { class: 'edit' }))
+    const isNothing = message.content === '' && !message.images  // an answer that failed at once
+    const actions = isNothing ? [] : [copyButton(() => message.content)]
+    if (!isUser && isLast && !(isNothing && message.error)) actions.push(iconButton('again', 'Answer again', () => this.session.regenerate(), { class: 'regenerate' }))
+    if (!isNothing) actions.push(iconButton('edit', isUser ? 'Edit and ask again' : 'Edit this answer', () => this.#edit(view, message), { class: 'edit' }))
     if (message.pieces) {
       const label = view.asTokens ? 'Show as formatted text' : 'Show probabilities'
       actions.push(iconButton(view.asTokens ? 'text' : 'chances', label, () => {

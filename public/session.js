@@ -16,7 +16,7 @@ export class Session extends EventTarget {
   #running = new Map()  // what is going on, by a conversation's id
   #unsaved = new Map()  // timers, by conversations that have been typed in
 
-  // settings.options(): options of requests; askForKey: see server.js
+  // settings: see there; askForKey: see server.js
   constructor({ settings, askForKey }) {
     super()
     this.settings = settings
@@ -199,7 +199,8 @@ export class Session extends EventTarget {
     const prompt = textOf(conversation)
     const before = conversation.pieces.map((piece) => ({ ...piece }))
     Object.assign(conversation, { before, ended: undefined, stats: undefined, error: undefined })
-    const request = async () => ({ n_predict: TEXT_LIMIT, ...(await this.settings.options()), prompt })
+    const limit = this.settings.isEndless ? { n_predict: TEXT_LIMIT } : {}
+    const request = async () => ({ ...(await this.settings.options()), ...limit, prompt })
     await this.#run(conversation, request, conversation, (part) => addPiece(conversation.pieces, { ...part, isNew: true }))
   }
 

@@ -106,6 +106,11 @@ export class Settings {
     return options
   }
 
+  // Whether answers have no limit but that of the model or the context.
+  get isEndless() {
+    return this.#usual.n_predict === -1 && this.#values.n_predict === undefined
+  }
+
   // Takes a value; the usual one is forgotten.
   set(name, value) {
     const values = { ...this.#values, [name]: value }
@@ -245,12 +250,11 @@ export class Settings {
 
 // The grammar of a schema's text. What converts it is fetched when it is needed first.
 async function grammarOf(text) {
-  let schema
   try {
-    schema = JSON.parse(text)
+    JSON.parse(text)
   } catch (error) {
     throw new Error(`The schema is not JSON: ${error.message}`)
   }
   const { schemaToGrammar } = await import('./json-schema-to-grammar.mjs')
-  return schemaToGrammar(schema)
+  return schemaToGrammar(text)
 }

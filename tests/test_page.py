@@ -510,6 +510,31 @@ def test_a_grammar(open_page, mode):
         assert page.run("document.getElementById('document').value") in ("yes", "no")
 
 
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [7, 8]}}, "required": ["n"], "additionalProperties": False}
+
+
+@needs_chromium
+@pytest.mark.parametrize("mode", ["chat", "text"])
+def test_a_schema(open_page, mode):
+    page = open_page(settings={"shape": "schema", "schema": json.dumps(SCHEMA)}, width=1300)
+    page.click(f"input[value={mode}]")
+    if mode == "chat":
+        ask(page, "hello")
+    else:
+        page.press("Enter", ctrl=True)
+    idle(page)
+    answer = texts(page, ANSWER)[0] if mode == "chat" else page.run("document.getElementById('document').value")
+    assert json.loads(answer)["n"] in (7, 8)
+    page.click("#show-settings")
+    page.click("#shape-box summary")
+    page.click("#to-grammar")
+    page.wait_for("document.activeElement.id === 'grammar'")
+    assert page.run("document.getElementById('grammar').value") == last_request(page)["grammar"]
+    page.click("input[value=schema]")
+    page.write("#schema", '{"type": "nothing"}')
+    page.wait_for("document.getElementById('schema-error').textContent.includes('nothing')")
+
+
 @needs_chromium
 def test_a_wrong_grammar_and_a_wrong_schema(open_page):
     page = open_page(settings={"shape": "grammar", "grammar": "root ::= ("}, refusals=True, width=1300)
@@ -796,7 +821,7 @@ def test_the_servers_key_is_asked_for(model, open_page):
         page.run("localStorage.removeItem('pyllama.key')")
         page.click(".regenerate")
         page.wait_for("document.querySelector('dialog[open]') !== null")
-        page.press("Escape")  # nobody knows it
+        page.press("Escape")  # the user does not know it
         idle(page)
         assert "key" in texts(page, ".message .error")[0]
 
@@ -1078,6 +1103,7 @@ def test_files(server, path, kind, beginning):
     response = server.send("GET", path)
     assert (response.status, response.headers["Content-Type"]) == (200, kind)
     assert response.headers["Access-Control-Allow-Origin"] == "*"
+    assert response.headers["Cache-Control"] == "no-cache" and response.headers["Last-Modified"]
     assert response.read().startswith(beginning)
     response = server.send("HEAD", path)
     assert response.status == 200 and response.read() == b""

@@ -114,11 +114,12 @@ def _check_key(keys: Sequence[str]) -> None:
 
 
 def _file(folders: list[Path], path: str) -> HTTPResponse:
-    """A file below one of the folders, the first that has it."""
+    """A file below one of the folders, the first that has it. Browsers ask again each time whether it has changed, or modules of
+    two versions would meet in one page."""
     for folder in folders:
         if not _is_below(folder, path):
             continue
-        found = static_file(path, root=str(folder))
+        found = static_file(path, root=str(folder), headers={"Cache-Control": "no-cache"})
         if found.status_code in (200, 206, 304):
             return found
     raise ApiError(404, f"there is no file {path}")
