@@ -77,12 +77,6 @@ static cut cut_sequence(const pl_attention_args *a, const pl_sequence *s, int32_
     return c;
 }
 
-/* What the kernels read blocks of a type as, for a sequence with n_tokens new ones. */
-static int32_t read_as(const pl_attention_kernels *k, int32_t type, int32_t n_tokens) {
-    const bool can_read = k->reads >> type & 1;
-    return can_read && !(type == PL_KV_F16 && n_tokens >= k->widen_halves_from) ? type : k->wide_type;
-}
-
 static void begin(const pl_attention_args *a, const pl_sequence *s, int32_t head, int32_t first, int32_t n, int32_t key_type,
                   const float **q, pl_attention_rows *rows) {
     const int32_t group = a->n_head / a->kv->n_head_kv, head_dim = a->kv->head_dim;
@@ -112,22 +106,24 @@ static void attend(const pl_attention_args *a, const pl_sequence *s, int32_t hea
     to_block = PL_MIN(to_block, last_position / PL_BLOCK_TOKENS + 1);
     const float *q[MOST_ROWS];
     int32_t from[MOST_ROWS], to[MOST_ROWS];
-    pl_attention_span span = {.key_type = read_as(k, kv->key_type, s->n_tokens),
-                              .value_type = read_as(k, kv->value_type, s->n_tokens), .from = from, .to = to};
+    const bool widen_keys = s->n_tokens >= k->widen_keys_from[kv->key_type];
+    const bool widen_values = s->n_tokens >= k->widen_values_from[kv->value_type];
+    pl_attention_span span = {.key_type = widen_keys ? k->wide_type : kv->key_type,
+                              .value_type = widen_values ? k->wide_type : kv->value_type, .from = from, .to = to};
     begin(a, s, head, first, n, span.key_type, q, &w->rows);
     for (int32_t block = from_block; block < to_block; block += PL_SPAN_BLOCKS) {
         const int32_t n_blocks = PL_MIN(PL_SPAN_BLOCKS, to_block - block), base = block * PL_BLOCK_TOKENS;
         for (int32_t i = 0; i < n_blocks; i++) {
-            const int32_t this = s->blocks[block + i], next = s->blocks[PL_MIN(block + i + 1, to_block - 1)];
+            const int32_t this = s->blocks[block + i], next = s->blocks[PL_MIN(block + i + 2, to_block - 1)];
             span.keys[i] = pl_kv_keys(kv, a->layer, this, head);
             span.values[i] = pl_kv_values(kv, a->layer, this, head);
             span.next_keys[i] = pl_kv_keys(kv, a->layer, next, head);
             span.next_values[i] = pl_kv_values(kv, a->layer, next, head);
-            if (span.key_type != kv->key_type) {
+            if (widen_keys) {
                 k->widen_keys(kv->key_type, head_dim, span.keys[i], w->wide_keys + i * block_floats);
                 span.keys[i] = w->wide_keys + i * block_floats;
             }
-            if (span.value_type != kv->value_type) {
+            if (widen_values) {
                 k->widen_values(kv->value_type, head_dim, span.values[i],
                                 PL_MIN(PL_BLOCK_TOKENS, last_position + 1 - base - i * PL_BLOCK_TOKENS),
                                 w->wide_values + i * block_floats);

@@ -53,6 +53,9 @@ PL_API pl_kv *pl_kv_new(int32_t n_layers, int32_t n_blocks, int32_t n_head_kv, i
         pl_free(kv);
         return NULL;
     }
+#ifdef MADV_HUGEPAGE
+    madvise(p, (size_t)kv->bytes, MADV_HUGEPAGE); /* a hint: long contexts are read from end to end */
+#endif
     kv->keys = p;
     kv->values = kv->keys + key_bytes * n_head_kv * n_blocks * n_layers;
     return kv;

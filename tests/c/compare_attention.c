@@ -120,11 +120,11 @@ static void compare(const pl_cpu_set *set, const shape *c, int32_t key_type, int
     j.scratch = pl_alloc((size_t)pl_attention_scratch_bytes(n_head, c->n_head_kv, c->head_dim, n_blocks, pl_pool_size(pool)),
                          NULL);
     pl_pool_run(pool, 0, run, &j);
-    /* Pairs of bfloat16 keep 8 bits. */
-    const bool floats = key_type == PL_KV_F32 && value_type == PL_KV_F32;
-    const bool exact = set->attention->wide_type != PL_KV_PAIRS || floats || most_tokens < set->attention->widen_halves_from;
-    const bool coarse = !exact || (set->attention->wide_type == PL_KV_PAIRS && (key_type >= PL_KV_Q8_0 || value_type >= PL_KV_Q8_0));
-    const float tolerance = coarse ? 2e-2f : 1e-5f;
+    const pl_attention_kernels *k = set->attention;
+    const bool wide = most_tokens >= k->widen_keys_from[key_type] || most_tokens >= k->widen_values_from[value_type];
+    const bool bytes = k != &pl_attention_scalar && key_type >= PL_KV_Q8_0 && most_tokens < k->widen_keys_from[key_type];
+    /* Pairs of bfloat16 keep 8 bits; q becomes bytes where keys are. */
+    const float tolerance = (wide && k->wide_type == PL_KV_PAIRS) || bytes ? 2e-2f : 1e-5f;
     double *expected = malloc(sizeof *expected * (size_t)c->head_dim);
     for (int32_t i = 0; i < c->n_sequences; i++) {
         for (int32_t t = 0; t < sequences[i].n_tokens; t++) {

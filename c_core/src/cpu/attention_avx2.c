@@ -31,7 +31,8 @@ static inline __attribute__((always_inline)) float largest_of(sixteen v) {
 #define ROWS 2
 #define SIZES(DO, x) DO(1, x) DO(2, x)
 #define COLUMNS(n) 2
-#define WIDEN_HALVES_FROM 4
+#define WIDEN_KEYS_FROM {[PL_KV_F16] = 4, [PL_KV_F32] = PL_NEVER, [PL_KV_Q8_0] = PL_ALWAYS, [PL_KV_Q4_0] = PL_ALWAYS}
+#define WIDEN_VALUES_FROM {[PL_KV_F16] = 4, [PL_KV_F32] = PL_NEVER, [PL_KV_Q8_0] = 4, [PL_KV_Q4_0] = 4}
 #define TABLE pl_attention_avx2
 #include "attention_vectors.h"
 #endif

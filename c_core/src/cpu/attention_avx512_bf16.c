@@ -16,7 +16,8 @@ static inline __attribute__((always_inline)) __m512 pairs(__m512 a, __m512 b) {
 #define PAIRS(a, b) ((floats)pairs((__m512)(a), (__m512)(b)))
 #define NEIGHBOURS(a, b) ((floats)_mm512_cvtne2ps_pbh((__m512)(b), (__m512)(a)))
 #define ADD_PAIRS(s, x, y) ((floats)_mm512_dpbf16_ps((__m512)(s), (__m512bh)(x), (__m512bh)(y)))
-#define WIDEN_HALVES_FROM 33
+#define WIDEN_KEYS_FROM {[PL_KV_F16] = 33, [PL_KV_F32] = PL_NEVER, [PL_KV_Q8_0] = PL_NEVER, [PL_KV_Q4_0] = PL_NEVER}
+#define WIDEN_VALUES_FROM {[PL_KV_F16] = 33, [PL_KV_F32] = PL_NEVER, [PL_KV_Q8_0] = 33, [PL_KV_Q4_0] = 33}
 #define TABLE pl_attention_avx512_bf16
 #include "attention_vectors.h"
 #endif

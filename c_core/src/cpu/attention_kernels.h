@@ -9,7 +9,9 @@ enum { PL_SPAN_BLOCKS = 4, PL_SPAN_TOKENS = PL_SPAN_BLOCKS * PL_BLOCK_TOKENS };
 
 /* What kernels read: the types of the store (enum pl_kv_type), and
  * PL_KV_PAIRS: bfloat16, K as [head_dim / 2, rounded up][32][2], V as [32 / 2][width][2 tokens]. */
-enum { PL_KV_PAIRS = 4 };
+enum { PL_N_KV_TYPES = 4, PL_KV_PAIRS = 4 };
+
+enum { PL_ALWAYS = 1, PL_NEVER = INT32_MAX }; /* when to widen */
 
 enum { PL_LANES = 16 }; /* floats of a widest register: what rows are padded to */
 
@@ -28,17 +30,15 @@ typedef struct pl_attention_rows {
 typedef struct pl_attention_span {
     int32_t key_type, value_type;
     const void *keys[PL_SPAN_BLOCKS], *values[PL_SPAN_BLOCKS];
-    /* What comes after each of them, to be fetched meanwhile. */
+    /* What comes some blocks after each of them, to be fetched meanwhile. */
     const void *next_keys[PL_SPAN_BLOCKS], *next_values[PL_SPAN_BLOCKS];
     const int32_t *from, *to; /* [n]: the row sees the span's tokens [from, to), which may be none */
 } pl_attention_span;
 
 typedef struct pl_attention_kernels {
-    /* Types that `span` reads, as a set of bits. Others have to be widened. */
-    uint32_t reads;
-    /* What blocks are widened to, and from how many new tokens of a sequence on that pays for halves. f32 is never widened:
-     * who keeps floats wants the precision. */
-    int32_t wide_type, widen_halves_from;
+    /* For each type of the store: from how many new tokens of a sequence on blocks are widened before `span` reads them. */
+    int32_t widen_keys_from[PL_N_KV_TYPES], widen_values_from[PL_N_KV_TYPES];
+    int32_t wide_type;
     /* Brings q into the form that goes with keys of a type; before the first span. */
     void (*begin)(pl_attention_rows *rows, int32_t key_type);
     /* Takes a span into the rows. */

@@ -42,4 +42,9 @@ static void span(pl_attention_rows *rows, const pl_attention_span *span) {
     }
 }
 
-const pl_attention_kernels pl_attention_scalar = {.reads = ~0u, .widen_halves_from = INT32_MAX, .begin = begin, .span = span};
+const pl_attention_kernels pl_attention_scalar = {
+    .widen_keys_from = {PL_NEVER, PL_NEVER, PL_NEVER, PL_NEVER},
+    .widen_values_from = {PL_NEVER, PL_NEVER, PL_NEVER, PL_NEVER},
+    .begin = begin,
+    .span = span,
+};

@@ -6,7 +6,7 @@
  *   LARGEST(v)          the largest lane
  *   ROWS, SIZES(DO, x)  how many rows are taken together at most, and DO(n, x) for each number that may be
  *   COLUMNS(n)          vectors of V that n rows take together, at most 4
- *   WIDEN_HALVES_FROM   see attention_kernels.h
+ *   WIDEN_KEYS_FROM, WIDEN_VALUES_FROM: see attention_kernels.h
  *   TABLE               the name of the kernel table
  *
  * and, if it has instructions for them,
@@ -17,6 +17,9 @@
  *   PAIRS(a, b)         two vectors of 16 floats as 16 pairs (a[i], b[i]) of bfloat16
  *   NEIGHBOURS(a, b)    the same as pairs (a[0], a[1]), (a[2], a[3]) ... (b[14], b[15])
  *   ADD_PAIRS(s, x, y)  s + the products of both numbers of each pair
+ *   ADD_FOURS(s, u, x)  s + the products of the four numbers in each lane, unsigned bytes times signed ones
+ *   STORE_BYTES(p, v)   the lanes of v as 16 bytes
+ *   WHOLE(x)            as whole numbers
  */
 #include "attention_kernels.h"
 
@@ -37,6 +40,8 @@ enum { WIDE = PL_KV_PAIRS };
 enum { WIDE = PL_KV_F32 };
 #endif
 
+enum { FOURS = PL_KV_GROUP / 4 };
+
 /* `x` may be the bits of a pair, on which no arithmetic may be done. */
 INLINE floats all(float x) { return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
@@ -51,6 +56,20 @@ INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
 /* 16 elements (of pairs: 16 pairs). */
 INLINE floats load_as(int type, const void *p, int64_t index) {
     return type == PL_KV_F16 ? WIDEN16((const uint16_t *)p + index) : load((const float *)p + index);
+}
+
+/* Byte b of 16 fours of bytes, as codes: for q4_0, its lower or upper half. */
+INLINE floats code_of(int type, bool keys, ints fours, int b, int upper) {
+    if (type == PL_KV_Q4_0) {
+        return __builtin_convertvector(((fours >> (8 * b + 4 * upper)) & 15) - 8, floats);
+    }
+    return __builtin_convertvector(keys ? ((fours >> (8 * b)) & 255) - 128 : fours << (24 - 8 * b) >> 24, floats);
+}
+
+INLINE ints load_fours(const void *p) {
+    ints v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
 INLINE floats multiply_add(int type, floats sum, floats x, floats y) {
@@ -91,11 +110,12 @@ INLINE floats power_of_two(floats x) {
 #endif
 }
 
+INLINE floats size_of(floats x) { return (floats)((ints)x & INT32_MAX); }
+
 /* cap * tanh(x / cap) */
 INLINE floats cap_softly(floats x, float cap) {
     const ints sign = (ints)x & INT32_MIN;
-    const floats size = (floats)((ints)x & INT32_MAX);
-    const floats e = power_of_two(size * all(-2 * LOG2_E / cap)); /* e^(-2 size / cap) */
+    const floats e = power_of_two(size_of(x) * all(-2 * LOG2_E / cap)); /* e^(-2 size / cap) */
     const floats y = all(cap) * (all(1.0f) - e) / (all(1.0f) + e);
     return (floats)((ints)y | sign);
 }
@@ -144,20 +164,101 @@ INLINE void score(int n, int type, const float *q, const void *keys, const char 
     }
 }
 
+#ifdef ADD_FOURS
+enum { SCALE_AT = FOURS, START_AT }; /* places of a group of q: codes, scale, what a sum starts with */
+
+/* The same for quantized K and q, packed as [head_dim / 32][n][16]. */
+INLINE void score_quantized(int n, int type, const float *q, const void *keys, const char *next, int32_t head_dim, float *scores) {
+    const uint8_t *codes = keys;
+    const uint16_t *scales = (const uint16_t *)(codes + pl_kv_scales(type, head_dim));
+    const int per_load = type == PL_KV_Q4_0 ? 2 : 1; /* fours of a load */
+    floats s[ROWS][2];
+    UNROLL for (int r = 0; r < n; r++) {
+        s[r][0] = s[r][1] = all(0.0f);
+    }
+    for (int32_t group = 0; group < head_dim / PL_KV_GROUP; group++, q += n * PL_LANES, scales += PL_BLOCK_TOKENS) {
+        ints sum[ROWS][2];
+        UNROLL for (int r = 0; r < n; r++) {
+            sum[r][0] = sum[r][1] = (ints)all(q[r * PL_LANES + START_AT]);
+        }
+        __builtin_prefetch(next + ((const char *)scales - (const char *)keys));
+        for (int i = 0; i < FOURS; i += per_load, codes += 4 * PL_BLOCK_TOKENS) {
+            __builtin_prefetch(next + (codes - (const uint8_t *)keys));
+            __builtin_prefetch(next + (codes - (const uint8_t *)keys) + 64);
+            UNROLL for (int half = 0; half < 2; half++) {
+                const ints bytes = load_fours(codes + half * 64);
+                UNROLL for (int part = 0; part < per_load; part++) {
+                    const ints fours = type == PL_KV_Q4_0 ? (bytes >> (4 * part)) & 0x0f0f0f0f : bytes;
+                    UNROLL for (int r = 0; r < n; r++) {
+                        sum[r][half] = ADD_FOURS(sum[r][half], fours, (ints)all(q[r * PL_LANES + i + part]));
+                    }
+                }
+            }
+        }
+        UNROLL for (int half = 0; half < 2; half++) {
+            const floats scale = WIDEN16(scales + half * PL_LANES);
+            UNROLL for (int r = 0; r < n; r++) {
+                s[r][half] += __builtin_convertvector(sum[r][half], floats) * (scale * all(q[r * PL_LANES + SCALE_AT]));
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++) {
+        store(scores + r * PL_SPAN_TOKENS, s[r][0]);
+        store(scores + r * PL_SPAN_TOKENS + PL_LANES, s[r][1]);
+    }
+}
+
+/* 32 elements of q as bytes with a scale, as score_quantized() wants them. */
+INLINE void pack_quantized(int32_t key_type, const float *q, float *packed) {
+    const floats a = load(q), b = load(q + PL_LANES);
+    const floats size_a = size_of(a), size_b = size_of(b);
+    const float scale = LARGEST(choose(size_a > size_b, size_a, size_b)) / 127, inverse = scale != 0 ? 1 / scale : 0;
+    int8_t codes[PL_KV_GROUP];
+    STORE_BYTES(codes, WHOLE(a * all(inverse)));
+    STORE_BYTES(codes + PL_LANES, WHOLE(b * all(inverse)));
+    int32_t sum = 0;
+    for (int i = 0; i < PL_KV_GROUP; i++) {
+        sum += codes[i];
+    }
+    sum *= key_type == PL_KV_Q8_0 ? -128 : -8; /* what is added to K's codes */
+    memcpy(packed, codes, sizeof codes);
+    memcpy(packed + SCALE_AT, &scale, sizeof scale);
+    memcpy(packed + START_AT, &sum, sizeof sum);
+}
+#endif
+
 #define SCORE(n, type)                                                                                                      \
     case n:                                                                                                                 \
         score(n, type, q, keys, next, n_steps, scores);                                                                     \
+        break;
+#define SCORE_QUANTIZED(n, type)                                                                                            \
+    case n:                                                                                                                 \
+        score_quantized(n, type, q, keys, next, head_dim, scores);                                                          \
         break;
 
 static void score_block(int32_t n, int32_t type, const float *q, const void *keys, const void *next, int32_t head_dim,
                         float *scores) {
     const int32_t n_steps = type == PL_KV_PAIRS ? (head_dim + 1) / 2 : head_dim;
-    if (type == PL_KV_F16) {
+    switch (type) {
+    case PL_KV_F16:
         switch (n) { SIZES(SCORE, PL_KV_F16) }
-    } else if (type == PL_KV_F32) {
+        break;
+    case PL_KV_F32:
         switch (n) { SIZES(SCORE, PL_KV_F32) }
-    } else {
-        switch (n) { SIZES(SCORE, WIDE) }
+        break;
+#ifdef PAIRS
+    case PL_KV_PAIRS:
+        switch (n) { SIZES(SCORE, PL_KV_PAIRS) }
+        break;
+#endif
+#ifdef ADD_FOURS
+    case PL_KV_Q8_0:
+        switch (n) { SIZES(SCORE_QUANTIZED, PL_KV_Q8_0) }
+        break;
+    case PL_KV_Q4_0:
+        switch (n) { SIZES(SCORE_QUANTIZED, PL_KV_Q4_0) }
+        break;
+#endif
     }
 }
 
@@ -251,8 +352,9 @@ INLINE void weigh(int n, int columns, int type, const float *p, const pl_attenti
     }
 }
 
-INLINE void weigh_all(int n, int type, const float *p, const pl_attention_span *span, int64_t width, int32_t first, int32_t last,
-                      const float *shrink, float *total) {
+INLINE void weigh_all(int n, int type, const float *p, const pl_attention_span *span, int32_t head_dim, int32_t first,
+                      int32_t last, const float *shrink, float *total) {
+    const int64_t width = pl_kv_width(head_dim);
     int64_t at = 0;
     for (; at + PL_LANES * COLUMNS(n) <= width; at += PL_LANES * COLUMNS(n)) {
         weigh(n, COLUMNS(n), type, p, span, width, at, first, last, shrink, total);
@@ -262,19 +364,84 @@ INLINE void weigh_all(int n, int type, const float *p, const pl_attention_span *
     }
 }
 
+/* The same with quantized V. The scales go into the weights, so that codes are multiplied as they are. */
+INLINE void weigh_quantized(int n, int type, const float *p, const pl_attention_span *span, int32_t head_dim, int32_t first,
+                            int32_t last, const float *shrink, float *total) {
+    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int32_t columns = type == PL_KV_Q4_0 ? head_dim / 2 : head_dim; /* bytes of a token */
+    for (int32_t group = 0; group < head_dim / PL_KV_GROUP; group++) {
+        float *own = total + group * PL_KV_GROUP;
+        floats sum[ROWS][2];
+        UNROLL for (int r = 0; r < n; r++) {
+            sum[r][0] = load(own + (int64_t)r * head_dim) * all(shrink[r]);
+            sum[r][1] = load(own + (int64_t)r * head_dim + PL_LANES) * all(shrink[r]);
+        }
+        for (int32_t block = first / PL_BLOCK_TOKENS; block * PL_BLOCK_TOKENS < last; block++) {
+            const int32_t base = block * PL_BLOCK_TOKENS;
+            const uint8_t *values = span->values[block];
+            const uint16_t *scales = (const uint16_t *)(values + pl_kv_scales(type, head_dim)) + group * PL_BLOCK_TOKENS;
+            _Alignas(64) float scaled[ROWS][PL_BLOCK_TOKENS];
+            UNROLL for (int half = 0; half < 2; half++) {
+                const ints token = lane + (base + half * PL_LANES);
+                const floats scale = choose((token >= first) & (token < last), WIDEN16(scales + half * PL_LANES), all(0.0f));
+                UNROLL for (int r = 0; r < n; r++) {
+                    store(scaled[r] + half * PL_LANES, load(p + r * PL_SPAN_TOKENS + base + half * PL_LANES) * scale);
+                }
+            }
+            const uint8_t *codes = values + (type == PL_KV_Q4_0 ? 64 : 128) * (int64_t)group;
+            const char *next = span->next_values[block];
+            __builtin_prefetch(next + ((const char *)scales - (const char *)values));
+            for (int32_t fours = PL_MAX(0, first - base) / 4; fours < FOURS && base + fours * 4 < last; fours++) {
+                const uint8_t *row = codes + (int64_t)fours * columns * 4;
+                const ints bytes[2] = {load_fours(row), load_fours(type == PL_KV_Q4_0 ? row : row + 64)};
+                __builtin_prefetch(next + (row - values));
+                __builtin_prefetch(next + (row - values) + 64);
+                UNROLL for (int b = 0; b < 4; b++) {
+                    const floats v0 = code_of(type, false, bytes[0], b, 0), v1 = code_of(type, false, bytes[1], b, 1);
+                    UNROLL for (int r = 0; r < n; r++) {
+                        const floats x = all(scaled[r][fours * 4 + b]);
+                        sum[r][0] += x * v0;
+                        sum[r][1] += x * v1;
+                    }
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < n; r++) {
+            store(own + (int64_t)r * head_dim, sum[r][0]);
+            store(own + (int64_t)r * head_dim + PL_LANES, sum[r][1]);
+        }
+    }
+}
+
 #define WEIGH(n, type)                                                                                                      \
     case n:                                                                                                                 \
-        weigh_all(n, type, p, span, width, first, last, shrink, total);                                                     \
+        weigh_all(n, type, p, span, head_dim, first, last, shrink, total);                                                  \
+        break;
+#define WEIGH_QUANTIZED(n, type)                                                                                            \
+    case n:                                                                                                                 \
+        weigh_quantized(n, type, p, span, head_dim, first, last, shrink, total);                                            \
         break;
 
-static void weigh_span(int32_t n, const float *p, const pl_attention_span *span, int64_t width, int32_t first, int32_t last,
+static void weigh_span(int32_t n, const float *p, const pl_attention_span *span, int32_t head_dim, int32_t first, int32_t last,
                        const float *shrink, float *total) {
-    if (span->value_type == PL_KV_F16) {
+    switch (span->value_type) {
+    case PL_KV_F16:
         switch (n) { SIZES(WEIGH, PL_KV_F16) }
-    } else if (span->value_type == PL_KV_F32) {
+        break;
+    case PL_KV_F32:
         switch (n) { SIZES(WEIGH, PL_KV_F32) }
-    } else {
-        switch (n) { SIZES(WEIGH, WIDE) }
+        break;
+#ifdef PAIRS
+    case PL_KV_PAIRS:
+        switch (n) { SIZES(WEIGH, PL_KV_PAIRS) }
+        break;
+#endif
+    case PL_KV_Q8_0:
+        switch (n) { SIZES(WEIGH_QUANTIZED, PL_KV_Q8_0) }
+        break;
+    case PL_KV_Q4_0:
+        switch (n) { SIZES(WEIGH_QUANTIZED, PL_KV_Q4_0) }
+        break;
     }
 }
 
@@ -296,7 +463,8 @@ INLINE floats q_elements(const float *q, int32_t d, int32_t head_dim) {
 }
 
 static void begin(pl_attention_rows *rows, int32_t key_type) {
-    const int32_t head_dim = rows->head_dim, per_vector = key_type == PL_KV_PAIRS ? 2 * PL_LANES : PL_LANES;
+    const bool quantized = key_type == PL_KV_Q8_0 || key_type == PL_KV_Q4_0;
+    const int32_t head_dim = rows->head_dim, per_vector = key_type == PL_KV_PAIRS || quantized ? 2 * PL_LANES : PL_LANES;
     for (int32_t r = 0, n; r < rows->n; r += n) {
         n = piece_of(rows->n - r);
         float *packed = rows->packed_q + r * pl_kv_width(head_dim);
@@ -307,6 +475,12 @@ static void begin(pl_attention_rows *rows, int32_t key_type) {
                 if (key_type == PL_KV_PAIRS) {
                     store(packed + i * PL_LANES,
                           NEIGHBOURS(q_elements(q, d, head_dim), q_elements(q, d + PL_LANES, head_dim)));
+                    continue;
+                }
+#endif
+#ifdef ADD_FOURS
+                if (quantized) {
+                    pack_quantized(key_type, q + d, packed + i * PL_LANES);
                     continue;
                 }
 #endif
@@ -346,25 +520,11 @@ static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
             }
 #endif
         }
-        weigh_span(n, p, span, width, first, last, shrink, rows->total + r * width);
+        weigh_span(n, p, span, rows->head_dim, first, last, shrink, rows->total + r * width);
     }
 }
 
 /* ---- widening ------------------------------------------------------------------------------------------------------ */
-
-/* Byte b of 16 fours of bytes, as codes: for q4_0, its lower or upper half. */
-INLINE floats code_of(int type, bool keys, ints fours, int b, int upper) {
-    if (type == PL_KV_Q4_0) {
-        return __builtin_convertvector(((fours >> (8 * b + 4 * upper)) & 15) - 8, floats);
-    }
-    return __builtin_convertvector(keys ? ((fours >> (8 * b)) & 255) - 128 : fours << (24 - 8 * b) >> 24, floats);
-}
-
-INLINE ints load_fours(const void *p) {
-    ints v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
 
 /* 16 tokens' element d of K. */
 INLINE floats key_element(int type, int32_t head_dim, const void *keys, int32_t d, int32_t token) {
@@ -450,9 +610,9 @@ static void widen_values(int32_t type, int32_t head_dim, const void *values, int
 }
 
 const pl_attention_kernels TABLE = {
-    .reads = 1u << PL_KV_F16 | 1u << PL_KV_F32,
+    .widen_keys_from = WIDEN_KEYS_FROM,
+    .widen_values_from = WIDEN_VALUES_FROM,
     .wide_type = WIDE,
-    .widen_halves_from = WIDEN_HALVES_FROM,
     .begin = begin,
     .span = take_span,
     .widen_keys = widen_keys,
