@@ -200,7 +200,7 @@ export class ChatView {
       view.foot.isFinal = false
       return
     }
-    const key = JSON.stringify([isLast, message.content === '', message.error, message.ended, Boolean(message.pieces), view.asTokens, message.stats])
+    const key = JSON.stringify([isLast, message.version, message.content === '', message.error, message.ended, Boolean(message.pieces), view.asTokens, message.stats])
     if (view.foot.isFinal === key) return
     view.foot.isFinal = key
     this.#paintFoot(view, message, isLast)
@@ -209,9 +209,10 @@ export class ChatView {
   #paintBody(view, message, isBusy) {
     const { body } = view
     const kind = message.role === 'user' ? 'plain' : message.pieces && view.asTokens ? 'tokens' : 'markdown'
-    if (body.kind !== kind) {
+    if (body.kind !== kind || body.version !== message.version) {
       body.replaceChildren()
       body.kind = kind
+      body.version = message.version
       body.text = null
       body.className = `body ${kind}`
       body.pieces = 0
@@ -236,6 +237,7 @@ export class ChatView {
     const isNothing = message.content === '' && !message.images  // an answer that failed at once
     const actions = isNothing ? [] : [copyButton(() => message.content)]
     if (!isUser && isLast && !(isNothing && message.error)) actions.push(iconButton('again', 'Answer again', () => this.session.regenerate(), { class: 'regenerate' }))
+    if (isLast && message.versions) actions.push(...this.#versions(view, message))
     if (!isNothing) actions.push(iconButton('edit', isUser ? 'Edit and ask again' : 'Edit this answer', () => this.#edit(view, message), { class: 'edit' }))
     if (message.pieces) {
       const label = view.asTokens ? 'Show as formatted text' : 'Show probabilities'
@@ -252,6 +254,19 @@ export class ChatView {
       el('div', { class: 'actions', role: 'group', 'aria-label': isUser ? 'Your message' : 'This answer' }, ...actions),
       !isUser && el('span', { class: 'stats' }, statsText(message)),
     ].filter(Boolean))
+  }
+
+  // The way to the other answers to the same question.
+  #versions(view, { versions, version }) {
+    const to = (step, name, label, className) => iconButton(name, label, () => {
+      this.session.showVersion(this.session.current.messages.at(-1), version + step)
+      view.foot.querySelector(`.${className}:enabled, .other:enabled`)?.focus()
+    }, { class: `other ${className}`, disabled: versions[version + step] === undefined })
+    return [
+      to(-1, 'left', 'The answer before', 'before'),
+      el('span', { class: 'stats' }, `${version + 1} / ${versions.length}`),
+      to(1, 'right', 'The answer after', 'after'),
+    ]
   }
 
   #edit(view, message) {

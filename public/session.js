@@ -168,11 +168,19 @@ export class Session extends EventTarget {
     return this.#answer(conversation)
   }
 
-  // Answers a chat's last question once more.
+  // Answers a chat's last question once more. The answers before are kept beside the new one.
   regenerate() {
     const { messages } = this.current
-    if (messages.at(-1)?.role === 'assistant') messages.pop()
-    return this.#answer(this.current)
+    const last = messages.at(-1)?.role === 'assistant' ? messages.pop() : null
+    return this.#answer(this.current, last ? versionsOf(last).filter(({ content }) => content !== '') : [])
+  }
+
+  // Shows another one of the answers to a question.
+  showVersion(message, version) {
+    const versions = versionsOf(message)
+    for (const name of VERSION) delete message[name]
+    Object.assign(message, versions[version], { versions, version })
+    this.#changed(this.current)
   }
 
   // Changes a message. What follows a changed question is dropped, and it is answered anew.
@@ -219,10 +227,10 @@ export class Session extends EventTarget {
     this.#changed(conversation, (it) => this.#saveSoon(it))
   }
 
-  async #answer(conversation) {
+  async #answer(conversation, versions = []) {
     const messages = chatMessages(conversation)
     const request = async () => ({ ...(await this.settings.options()), messages })
-    const message = { role: 'assistant', content: '' }
+    const message = { role: 'assistant', content: '', ...(versions.length && { versions: [...versions, {}], version: versions.length }) }
     conversation.messages.push(message)
     await this.#run(conversation, request, message, (part) => {
       message.content += part.text
@@ -279,6 +287,13 @@ function isConversation(value) {
 function titleOf({ mode, messages, pieces }) {
   const text = (mode === 'chat' ? messages[0]?.content : textOf({ pieces })) ?? ''
   return firstWords(text, 48)
+}
+
+const VERSION = ['content', 'pieces', 'ended', 'stats', 'truncated', 'error']  // what answers to the same question differ in
+
+function versionsOf(message) {
+  const own = Object.fromEntries(VERSION.filter((name) => name in message).map((name) => [name, message[name]]))
+  return (message.versions ?? [own]).map((version, i) => (i === (message.version ?? 0) ? own : version))
 }
 
 // A text's beginning, on one line.

@@ -232,6 +232,14 @@ def test_again_and_edit(open_page):
     idle(page)
     assert page.run("document.querySelectorAll('.message').length") == 2
     assert page.run("first.isConnected") is False
+    answer = f"document.querySelector('{ANSWER}').innerText"
+    second = page.run(answer)
+    page.click(".message .before")
+    assert page.run(answer) == page.run("first.querySelector('.body').innerText")
+    assert texts(page, ".message .actions .stats") == ["1 / 2"]
+    assert page.run("document.activeElement.matches('.after')")  # there is none before
+    page.click(".message .after")
+    assert page.run(answer) == second and texts(page, ".message .actions .stats") == ["2 / 2"]
     assert last_request(page)["messages"] == [{"role": "user", "content": "hello"}]
     set_answer(page, "An *edited* answer")
     assert page.run(f"document.querySelector('{ANSWER} em').textContent") == "edited"
