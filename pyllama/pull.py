@@ -20,8 +20,10 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["DEFAULT", "KNOWN", "KnownModel", "PullError", "cache_folder", "cached_path", "path_of"]
 
@@ -139,6 +141,8 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
 
 
 def _fetch(name: str, model: KnownModel, folder: Path, progress: bool) -> Path:
+    from tqdm import tqdm  # takes a while, and is needed once
+
     if progress:
         print(f"fetching {name} ({model.download_bytes / 1e6:.0f} MB) into {folder}", file=sys.stderr)
     for abandoned in folder.glob(f"{_WORK_PREFIX}*"):  # by a program that was killed: the lock is ours

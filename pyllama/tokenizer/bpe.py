@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import regex
 
 from pyllama.core import call, create, ffi, lib
 from pyllama.gguf import GGUFFile
@@ -41,6 +40,8 @@ class PreTokenizer:
 
     def splitter(self) -> Callable[[str], list[str]]:
         """A function that cuts a text into words, which joined are the text again."""
+        import regex  # takes a while, and few files need it
+
         first, *others = [regex.compile(pattern) for pattern in self.patterns]
 
         def split(text: str) -> list[str]:
@@ -98,7 +99,6 @@ class ByteLevelBPE(Tokenizer):
             known = ", ".join(PRE_TOKENIZERS)
             raise ValueError(f"tokenizer.ggml.pre is {name!r}, which pyllama does not know (it knows {known})")
         self._pre_tokenizer = PRE_TOKENIZERS[name]
-        self._split = self._pre_tokenizer.splitter()
         super().__init__(gguf, add_bos=self._pre_tokenizer.add_bos)
 
     def _make_rules(self, gguf: GGUFFile) -> ffi.CData:
@@ -126,6 +126,7 @@ class ByteLevelBPE(Tokenizer):
     def _pre_tokenize_by_patterns(
         self, data: bytes, sizes: np.ndarray, tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        split = self._pre_tokenizer.splitter()
         word_sizes: list[int] = []
         word_tokens: list[int] = []
         begin = 0
@@ -134,7 +135,7 @@ class ByteLevelBPE(Tokenizer):
                 word_sizes.append(size)
                 word_tokens.append(token)
             else:
-                words = self._split(data[begin : begin + size].decode())
+                words = split(data[begin : begin + size].decode())
                 word_sizes += map(len, map(str.encode, words))
                 word_tokens += [-1] * len(words)
             begin += size
