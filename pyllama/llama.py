@@ -20,7 +20,7 @@ from pyllama.chat import ChatTemplate
 from pyllama.engine import Done, Engine, Request, Stream, Token
 from pyllama.grammar import Grammar
 from pyllama.json_schema import JSON_OBJECT, to_gbnf
-from pyllama.models import load
+from pyllama.models import RopeOptions, load
 from pyllama.sampling import Sample, SamplingParams
 from pyllama.tokenizer import Tokenizer
 
@@ -62,6 +62,11 @@ class Llama:
         use_mmap: map the file instead of reading it.
         use_mlock: keep the weights in memory.
         kv_type: ``f16`` or ``f32``, what keys and values are kept as.
+        rope_scaling_type: ``none``, ``linear`` or ``yarn`` (or their numbers, 0 to 2): how rotary positions are stretched; -1:
+            as the file says.
+        rope_freq_base, rope_freq_scale: of rotary positions; 0: as the file says.
+        yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow: YaRN's parameters; -1: as the file says.
+        yarn_orig_ctx: tokens of context before YaRN stretches it; 0: as the file says.
         chat_template: Jinja2 source that replaces the model's own.
         embedding: for programs written for llama-cpp-python; embeddings need no preparation here.
         verbose: tell on standard error what was loaded, and what each call took.
@@ -86,6 +91,14 @@ class Llama:
         use_mmap: bool = True,
         use_mlock: bool = False,
         kv_type: str = "f16",
+        rope_scaling_type: int | str = -1,
+        rope_freq_base: float = 0.0,
+        rope_freq_scale: float = 0.0,
+        yarn_ext_factor: float = -1.0,
+        yarn_attn_factor: float = -1.0,
+        yarn_beta_fast: float = -1.0,
+        yarn_beta_slow: float = -1.0,
+        yarn_orig_ctx: int = 0,
         chat_template: str | None = None,
         embedding: bool = False,
         verbose: bool = False,
@@ -102,6 +115,16 @@ class Llama:
             kv_type=kv_type,
             mmap=use_mmap,
             mlock=use_mlock,
+            rope=RopeOptions(
+                scaling=_scaling_name(rope_scaling_type),
+                freq_base=rope_freq_base or None,
+                freq_scale=rope_freq_scale or None,
+                yarn_ext_factor=None if yarn_ext_factor == -1 else yarn_ext_factor,
+                yarn_attn_factor=None if yarn_attn_factor == -1 else yarn_attn_factor,
+                yarn_beta_fast=None if yarn_beta_fast == -1 else yarn_beta_fast,
+                yarn_beta_slow=None if yarn_beta_slow == -1 else yarn_beta_slow,
+                yarn_orig_ctx=yarn_orig_ctx or None,
+            ),
         )
         self._template: ChatTemplate | None = None
         if chat_template is not None:
@@ -591,6 +614,15 @@ def _grammar_of(response_format: Mapping[str, Any]) -> str | None:
     if not isinstance(wrapper, Mapping) or "schema" not in wrapper:
         raise ValueError("response_format: json_schema must hold a schema")
     return to_gbnf(wrapper["schema"])
+
+
+def _scaling_name(kind: int | str) -> str | None:
+    """The name of a kind of rotary scaling, from that or from llama-cpp-python's number; None for "as the file says"."""
+    if isinstance(kind, str):
+        return kind
+    if not -1 <= kind <= 2:
+        raise ValueError(f"rope_scaling_type is {kind}; -1 to 2 is possible")
+    return (None, "none", "linear", "yarn")[kind + 1]
 
 
 def _or_minus_one(token: int | None) -> int:

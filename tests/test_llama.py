@@ -335,7 +335,7 @@ def test_threads_share_one_object(llm: Llama) -> None:
 
 def test_closing(llm: Llama) -> None:
     other = Llama(llm.model_path, n_ctx=20_000, n_threads=1, n_parallel=1, embedding=True, n_batch=16)
-    stream = other(PROMPT, max_tokens=None, stream=True, logit_bias={2: -100.0})
+    stream = other(PROMPT, max_tokens=None, stream=True, logit_bias={0: -100.0, 2: -100.0})
     next(stream)
     other.close()
     with pytest.raises(RuntimeError, match="closed"):

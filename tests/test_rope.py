@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pyllama import Llama
 from pyllama.gguf import GGUFFile
 from pyllama.models import ModelError, RopeOptions, SequenceInput, load
 from pyllama.models import llama as llama_family
@@ -192,3 +193,20 @@ def test_flags_mean_what_keys_of_the_file_mean(tmp_path):
         with ServerProcess("-m", path, *line.split()) as server:
             texts.append(server.post("/completion", **request)["content"])
     assert texts[0] != texts[1] == texts[2]
+
+
+def test_llamas_arguments(tmp_path):
+    path = tmp_path / "model.gguf"
+    make_llama(path)
+    names = {"rope_freq_base": 5e4, "rope_freq_scale": 0.25, "yarn_orig_ctx": 2048, "yarn_beta_fast": 16.0}
+    options = RopeOptions(scaling="yarn", freq_base=5e4, freq_scale=0.25, yarn_orig_ctx=2048, yarn_beta_fast=16)
+    expected = load(path, n_ctx=32, rope=options).hp.rope
+    for kind in ("yarn", 2):
+        with Llama(path, n_ctx=32, rope_scaling_type=kind, **names) as llm:
+            assert llm.model.hp.rope == expected
+    with Llama(path, n_ctx=32) as llm:
+        assert llm.model.hp.rope == load(path, n_ctx=32).hp.rope
+    with pytest.raises(ValueError, match="rope_scaling_type is 7"):
+        Llama(path, rope_scaling_type=7)
+    with pytest.raises(ModelError, match="cubic"):
+        Llama(path, rope_scaling_type="cubic")
