@@ -12,12 +12,15 @@ const MAX_DEPTH = 100
 const MAX_VALUES = 50_000
 const MAX_SIZE = 300_000
 const MAX_ALTERNATIVES = 1_000
+const MAX_MEETINGS = 200_000
+const MAX_STRING = 50_000
 const MAX_PATTERNS = 6
 const MAX_COUNT = 50_000
 const MAX_DIGITS = 16
 const LARGEST = 10n ** 40n
 const EXACT_DIGITS = 15
 const MAX_STATES = 10_000
+const MAX_STEPS = 500_000
 const MAX_GROUP_DEPTH = 50
 
 /** The schema is not one, or cannot be expressed as a grammar. The message begins with the place: a JSON pointer. */
@@ -416,6 +419,7 @@ const BLANK = merged([
   [0x205f, 0x205f],
   [0x3000, 0x3000],
 ])
+const NEWLINE = [[0x0a, 0x0a]]
 const LINE_END = merged([
   [0x0a, 0x0a],
   [0x0d, 0x0d],
@@ -457,9 +461,11 @@ const sameRanges = (a, b) => a.length === b.length && a.every(([low, high], i) =
 
 // ---- patterns: reading --------------------------------------------------------------------------------------------------
 
+/** Reads a pattern; `generously`: with all that anybody may hold to match. */
 class PatternReader {
-  constructor(source) {
+  constructor(source, generously = false) {
     this.characters = Array.from(source)
+    this.generously = generously
     this.at = 0
     this.depth = 0
   }
@@ -508,6 +514,7 @@ class PatternReader {
   }
 
   quantified() {
+    const start = this.at
     const part = this.atom()
     let bounds
     if (this.take('*')) {
@@ -521,7 +528,7 @@ class PatternReader {
     } else {
       return part
     }
-    if (part.kind === 'anchor') {
+    if ('^$'.includes(this.characters[start])) {
       this.fail('an anchor cannot be repeated')
     }
     this.take('?') // whether it prefers few or many does not change what it matches
@@ -553,13 +560,14 @@ class PatternReader {
       return this.charClass()
     }
     if (this.take('.')) {
-      return Chars(complement(LINE_END))
+      return Chars(complement(this.generously ? NEWLINE : LINE_END))
     }
     if (this.take('^')) {
       return START
     }
     if (this.take('$')) {
-      return END
+      // which Python finds before a last newline, too
+      return this.generously ? sequence(optional(Chars(NEWLINE)), END) : END
     }
     if (this.take('\\')) {
       return this.escape()
@@ -617,7 +625,7 @@ class PatternReader {
     const c = this.peek()
     if (c && 'dDwWsS'.includes(c)) {
       this.at += 1
-      return Chars(CLASSES[c])
+      return Chars(this.generously ? complement(CLASSES[OPPOSITE[c]]) : CLASSES[c])
     }
     if (c === 'b' || c === 'B') {
       this.fail(`word boundaries, \\${c}, cannot be expressed`)
@@ -705,7 +713,8 @@ class PatternReader {
       }
       inside.push([low, high])
     }
-    const ranges = negated ? complement([...inside, ...perhaps]) : merged(inside)
+    const members = merged(negated === this.generously ? inside : [...inside, ...perhaps])
+    const ranges = negated ? complement(members) : members
     if (!ranges.length) {
       this.fail('a class matches nothing')
     }
@@ -797,8 +806,16 @@ const UNKNOWN_LANGUAGES = ['regex', 'idn-hostname', 'uri-template']
 // ---- patterns: languages ------------------------------------------------------------------------------------------------
 
 class Language {
-  constructor(pattern) {
+  /** `generous`: the same pattern with all that anybody may hold to match. */
+  constructor(pattern, generous = pattern) {
     this.pattern = pattern
+    this.generous = generous
+  }
+
+  /** All strings of which anybody may hold that they belong to it. */
+  generously() {
+    this.generousLanguage ??= new Language(this.generous)
+    return this.generousLanguage
   }
 
   automaton() {
@@ -825,7 +842,8 @@ class Language {
   }
 }
 
-const patternLanguage = (source) => new Language(new PatternReader(source).read())
+const patternLanguage = (source) =>
+  new Language(new PatternReader(source).read(), new PatternReader(source, true).read())
 const formatLanguages = new Map()
 
 function formatLanguage(name) {
@@ -984,22 +1002,47 @@ class Automaton {
   }
 }
 
-/** Splits all characters into sets that no automaton tells apart. */
-function kindsOfCharacters(automata) {
-  const sets = new Map()
-  for (const [ranges] of automata.flatMap((a) => a.moves.flat())) {
-    sets.set(String(ranges), ranges)
+/** All characters, in sets that none of the automata tells apart. */
+class Alphabet {
+  steps = 0
+
+  constructor(automata) {
+    this.automata = automata
+    this.rows = automata.map(() => new Map())
+    const sets = new Map()
+    for (const [ranges] of automata.flatMap((a) => a.moves.flat())) {
+      sets.set(String(ranges), ranges)
+    }
+    const unique = [...sets.values()]
+    const bounds = new Set([0, LAST_CODE_POINT + 1])
+    unique.flat().forEach(([low, high]) => bounds.add(low).add(high + 1))
+    const sorted = [...bounds].sort((a, b) => a - b)
+    if (unique.length * sorted.length > MAX_STEPS) {
+      throw new PatternError('it tells too many characters apart')
+    }
+    const kinds = new Map()
+    for (let i = 0; i + 1 < sorted.length; i++) {
+      const key = unique.map((ranges) => (holds(ranges, sorted[i]) ? '1' : '0')).join('')
+      kinds.set(key, [...(kinds.get(key) ?? []), [sorted[i], sorted[i + 1] - 1]])
+    }
+    this.kinds = [...kinds.values()].map(merged).filter((ranges) => ranges.length)
   }
-  const unique = [...sets.values()]
-  const bounds = new Set([0, LAST_CODE_POINT + 1])
-  unique.flat().forEach(([low, high]) => bounds.add(low).add(high + 1))
-  const sorted = [...bounds].sort((a, b) => a - b)
-  const kinds = new Map()
-  for (let i = 0; i + 1 < sorted.length; i++) {
-    const key = unique.map((ranges) => (holds(ranges, sorted[i]) ? '1' : '0')).join('')
-    kinds.set(key, [...(kinds.get(key) ?? []), [sorted[i], sorted[i + 1] - 1]])
+
+  /** Where each kind of characters leads in automaton i. */
+  after(i, states) {
+    const key = states.join()
+    if (!this.rows[i].has(key)) {
+      this.steps += this.kinds.length
+      if (this.steps > MAX_STEPS) {
+        throw new PatternError('it needs too large an automaton')
+      }
+      this.rows[i].set(
+        key,
+        this.kinds.map((kind) => this.automata[i].step(states, kind[0][0])),
+      )
+    }
+    return this.rows[i].get(key)
   }
-  return [...kinds.values()].map(merged).filter((ranges) => ranges.length)
 }
 
 // ---- patterns: writing --------------------------------------------------------------------------------------------------
@@ -1098,7 +1141,7 @@ class Product {
 
   constructor(languages, low, high, wanted) {
     const automata = languages.map((language) => language.automaton())
-    const kinds = kindsOfCharacters(automata)
+    const alphabet = new Alphabet(automata)
     const states = [[automata.map((a) => a.start), 0]]
     const numbers = new Map([[JSON.stringify(states[0]), 0]])
     for (const [sets, count] of states) {
@@ -1109,8 +1152,9 @@ class Product {
         continue
       }
       const following = high !== null || count < low ? count + 1 : count
-      for (const kind of kinds) {
-        const after = automata.map((a, i) => a.step(sets[i], kind[0][0]))
+      const rows = sets.map((states, i) => alphabet.after(i, states))
+      for (const [k, kind] of alphabet.kinds.entries()) {
+        const after = rows.map((row) => row[k])
         if (wanted === every && after.some((set) => !set.length)) {
           continue
         }
@@ -1201,7 +1245,13 @@ function plain(schema) {
     if (depth > MAX_DEPTH) {
       fail('#', `the schema is nested too deeply: at most ${MAX_DEPTH} levels are read`)
     }
-    if (value === null || ['boolean', 'bigint', 'string'].includes(typeof value)) {
+    if (value === null || ['boolean', 'bigint'].includes(typeof value)) {
+      return value
+    }
+    if (typeof value === 'string') {
+      if (value.length > MAX_STRING && characterCount(value) > MAX_STRING) {
+        fail(pointer, `a string is too long: at most ${MAX_STRING} characters are read`)
+      }
       return value
     }
     if (typeof value === 'number') {
@@ -1215,7 +1265,10 @@ function plain(schema) {
     }
     if (typeof value === 'object') {
       return new Map(
-        Object.entries(value).map(([key, member]) => [key, copied(member, below(pointer, key), depth + 1)]),
+        Object.entries(value).map(([key, member]) => [
+          copied(key, pointer, depth),
+          copied(member, below(pointer, key), depth + 1),
+        ]),
       )
     }
     return fail(pointer, `this is no JSON: ${typeof value}`)
@@ -1506,8 +1559,9 @@ class ObjectPart {
 
   of(name) {
     const found = this.properties.has(name) ? [this.properties.get(name)] : []
-    found.push(...this.patterns.filter(([, language]) => language.matches(name)).map(([, , node]) => node))
-    return found.length || this.additional === null ? found : [this.additional]
+    const isAdditional = !found.length && !this.patterns.some(([, language]) => language.matches(name))
+    found.push(...this.patterns.filter(([, language]) => language.generously().matches(name)).map(([, , node]) => node))
+    return isAdditional && this.additional !== null ? [...found, this.additional] : found
   }
 }
 
@@ -1653,6 +1707,8 @@ const COMMA = sequence(Text(','), SPACE)
 /** Turns one schema into rules. */
 class Converter {
   rules = new Rules()
+  scratch = new Rules() // rules that are made only to see whether there are any
+  met = 0
   ruleOf = new Map()
   todo = []
   termsOf = new Map()
@@ -1670,7 +1726,7 @@ class Converter {
     for (const [rule, nodes] of this.todo) {
       // which grows meanwhile
       this.rules.define(rule, this.expression(nodes, rule.name))
-      if (this.rules.size > MAX_SIZE) {
+      if (this.rules.size + this.scratch.size > MAX_SIZE) {
         fail('#', 'the grammar becomes too large')
       }
     }
@@ -1728,8 +1784,9 @@ class Converter {
   product(factors, pointer) {
     let result = [new Term()]
     for (const terms of factors) {
-      if (result.length * terms.length > MAX_ALTERNATIVES) {
-        fail(pointer, `there are too many alternatives: more than ${MAX_ALTERNATIVES}`)
+      this.met += result.length * terms.length
+      if (result.length * terms.length > MAX_ALTERNATIVES || this.met > MAX_MEETINGS) {
+        fail(pointer, 'there are too many alternatives')
       }
       result = result.flatMap((a) => terms.map((b) => a.meet(b))).filter((term) => !term.isNothing())
     }
@@ -1845,7 +1902,7 @@ class Converter {
   /** False if nothing satisfies a term for sure. `active`: what is being asked already. */
   isPossible(term, active) {
     if (term.values !== null) {
-      return term.values.some((value) => this.satisfies(value, term, false))
+      return term.values.some((value) => this.satisfies(value, term, true))
     }
     const types = term.types ?? unique(Object.values(TYPES).flat())
     const may = {
@@ -1876,12 +1933,14 @@ class Converter {
     if (term.longest !== null && term.longest < term.shortest) {
       return false
     }
-    const patterns = [...term.languages].filter(([source]) => !FORMATS.has(source)).map(([, language]) => language)
+    const patterns = [...term.languages]
+      .filter(([source]) => !FORMATS.has(source))
+      .map(([, language]) => language.generously())
     if (!patterns.length) {
       return true
     }
     try {
-      return !isNever(written(new Rules(), 's', patterns, term.shortest, term.longest, Rule('char')))
+      return !isNever(written(this.scratch, 's', patterns, term.shortest, term.longest, Rule('char')))
     } catch (error) {
       if (error instanceof PatternError) {
         return true
@@ -1923,11 +1982,11 @@ class Converter {
 
   // -- judging single values
 
-  accepts(value, nodes, formats = true) {
-    return this.terms(this.conjunction(nodes)).some((term) => this.satisfies(value, term, formats))
+  accepts(value, nodes, perhaps = false) {
+    return this.terms(this.conjunction(nodes)).some((term) => this.satisfies(value, term, perhaps))
   }
 
-  satisfies(value, term, formats = true) {
+  satisfies(value, term, perhaps = false) {
     const kind = typeOf(value)
     if (
       (term.types !== null && !term.types.includes(kind)) ||
@@ -1943,22 +2002,20 @@ class Converter {
       case 'string':
         return (
           counts(characterCount(value), term.shortest, term.longest) &&
-          [...term.languages].every(
-            ([source, language]) => (!formats && FORMATS.has(source)) || language.matches(value),
-          )
+          [...term.languages].every(([source, language]) => belongs(value, source, language, perhaps))
         )
       case 'array':
         return (
           counts(value.length, term.fewestItems, term.mostItems) &&
           (term.unique === null || new Set(value.map(keyOf)).size === value.length) &&
-          value.every((element, i) => this.accepts(element, term.element(i), formats))
+          value.every((element, i) => this.accepts(element, term.element(i), perhaps))
         )
       case 'object':
         return (
           counts(value.size, term.fewestMembers, term.mostMembers) &&
           term.required.every((name) => value.has(name)) &&
-          [...value.keys()].every((name) => this.accepts(name, term.names, formats)) &&
-          [...value].every(([name, member]) => this.accepts(member, term.member(name), formats))
+          [...value.keys()].every((name) => this.accepts(name, term.names, perhaps)) &&
+          [...value].every(([name, member]) => this.accepts(member, term.member(name), perhaps))
         )
     }
     return true
@@ -2120,11 +2177,14 @@ class Converter {
     }
     const members = []
     const named = names.length ? [namesLanguage(names)] : []
-    const others = [...named, ...patterns.values()]
     const sources = [...patterns.keys()]
     for (let bits = 0; bits < 1 << sources.length; bits++) {
       const found = sources.map((_, i) => (bits >> (sources.length - 1 - i)) & 1)
       const matching = new Set(sources.filter((_, i) => found[i]))
+      const languages = sources.map((source, i) =>
+        found[i] ? patterns.get(source) : patterns.get(source).generously(),
+      )
+      const others = [...named, ...languages]
       const expected = [...named.map(() => false), ...found.map(Boolean)]
       const schemas = term.objects.flatMap((part) => {
         const ofPart = part.patterns.filter(([source]) => matching.has(source)).map(([, , node]) => node)
@@ -2194,6 +2254,11 @@ class Converter {
     }
     return after[0]
   }
+}
+
+/** Whether a string belongs to a pattern's or a format's language. Of formats, the grammars know a part only. */
+function belongs(string, source, language, perhaps) {
+  return perhaps ? FORMATS.has(source) || language.generously().matches(string) : language.matches(string)
 }
 
 /** `low` to `high` of the same, with commas between them. */

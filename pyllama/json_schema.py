@@ -54,6 +54,11 @@ MAX_VALUES = 50_000
 MAX_SIZE = 300_000
 """Nodes of a grammar's network, more or less; its parser takes some more."""
 MAX_ALTERNATIVES = 1_000
+"""Of one schema."""
+MAX_MEETINGS = 200_000
+"""Of two alternatives."""
+MAX_STRING = 50_000
+"""Characters of a string."""
 MAX_PATTERNS = 6
 """Of property names in one object: each may or may not be found in a name."""
 MAX_COUNT = 50_000
@@ -106,11 +111,13 @@ def _plain(schema: object) -> Any:
                 _fail(pointer, "a number is not finite")
             return int(value) if value.is_integer() else value
         if isinstance(value, str):
+            if len(value) > MAX_STRING:
+                _fail(pointer, f"a string is too long: at most {MAX_STRING} characters are read")
             return _whole(value)
         if isinstance(value, list | tuple):
             return [copied(v, f"{pointer}/{i}", depth + 1) for i, v in enumerate(value)]
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            pairs = [(_whole(key), v) for key, v in value.items()]
+            pairs = [(copied(key, pointer, depth), v) for key, v in value.items()]
             return {key: copied(v, _below(pointer, key), depth + 1) for key, v in sorted(pairs, key=_place)}
         _fail(pointer, f"this is no JSON: {type(value).__name__}")
 
@@ -426,8 +433,9 @@ class _ObjectPart(NamedTuple):
     def of(self, name: str) -> _All:
         """Of the member of this name."""
         found = [self.properties[name]] if name in self.properties else []
-        found += [node for _, language, node in self.patterns if language.matches(name)]
-        return tuple(found) if found or self.additional is None else (self.additional,)
+        is_additional = not found and not any(language.matches(name) for _, language, _ in self.patterns)
+        found += [node for _, language, node in self.patterns if language.generously().matches(name)]
+        return (*found, self.additional) if is_additional and self.additional is not None else tuple(found)
 
 
 class _ArrayPart(NamedTuple):
@@ -561,12 +569,14 @@ class _Converter:
 
     def __init__(self, schema: object) -> None:
         self.root = _Node(_plain(schema), "#", None)
-        self.rules = Rules()
+        self.rules, self.scratch = Rules(), Rules()
+        """Those of the grammar, and those that are made only to see whether there are any."""
         self.builtin = {name: self.rules.reserve(name) for name in ["root", *_BUILTIN]}
         self.rule_of: dict[tuple[str, ...], Rule] = {}
         self.todo: list[tuple[Rule, _All]] = []
         """Rules whose bodies are still to be written."""
         self.terms_of: dict[str, list[_Term]] = {}
+        self.n_met = 0
         self.active: set[str] = set()
         """Schemas that are being read."""
 
@@ -576,7 +586,7 @@ class _Converter:
         self.todo.append((Rule("root"), self.resolved(self.root)))
         for rule, nodes in self.todo:  # which grows meanwhile
             self.rules.define(rule, self.expression(nodes, rule.name))
-            if self.rules.size > MAX_SIZE:
+            if self.rules.size + self.scratch.size > MAX_SIZE:
                 _fail("#", "the grammar becomes too large")
         result = self.rules.text(Rule("root"))
         if result is None:
@@ -624,8 +634,9 @@ class _Converter:
         """One alternative of each, in all combinations."""
         result = [_Term()]
         for terms in factors:
-            if len(result) * len(terms) > MAX_ALTERNATIVES:
-                _fail(pointer, f"there are too many alternatives: more than {MAX_ALTERNATIVES}")
+            self.n_met += len(result) * len(terms)
+            if len(result) * len(terms) > MAX_ALTERNATIVES or self.n_met > MAX_MEETINGS:
+                _fail(pointer, "there are too many alternatives")
             result = [a.meet(b) for a in result for b in terms]
             result = [term for term in result if not term.is_nothing()]
         return result
@@ -709,7 +720,7 @@ class _Converter:
     def is_possible(self, term: _Term, active: set[tuple[str, ...]]) -> bool:
         """False if nothing satisfies a term for sure. `active`: what is being asked already."""
         if term.values is not None:
-            return any(self.satisfies(value, term, formats=False) for value in term.values)
+            return any(self.satisfies(value, term, perhaps=True) for value in term.values)
         types = term.types if term.types is not None else frozenset().union(*_TYPES.values())
         return bool(types) and (
             bool(types & {"null", "boolean"})
@@ -734,12 +745,11 @@ class _Converter:
         """Formats are left out: grammars know a part of them only."""
         if term.longest is not None and term.longest < term.shortest:
             return False
-        patterns = [language for source, language in term.languages if source not in FORMATS]
+        patterns = [language.generously() for source, language in term.languages if source not in FORMATS]
         if not patterns:
             return True
-        rules = Rules()
         try:
-            start = written(rules, "s", patterns, term.shortest, term.longest, Rule("char"))
+            start = written(self.scratch, "s", patterns, term.shortest, term.longest, Rule("char"))
         except PatternError:
             return True
         return start != NEVER
@@ -767,11 +777,11 @@ class _Converter:
 
     # -- judging single values -------------------------------------------------------------------------------------
 
-    def accepts(self, value: Any, nodes: _All, formats: bool = True) -> bool:
-        """Whether a value satisfies all schemas. ``formats``: their formats, too."""
-        return any(self.satisfies(value, term, formats) for term in self.terms(self.conjunction(nodes)))
+    def accepts(self, value: Any, nodes: _All, perhaps: bool = False) -> bool:
+        """Whether a value satisfies all schemas; ``perhaps``: whether anybody may say so."""
+        return any(self.satisfies(value, term, perhaps) for term in self.terms(self.conjunction(nodes)))
 
-    def satisfies(self, value: Any, term: _Term, formats: bool = True) -> bool:
+    def satisfies(self, value: Any, term: _Term, perhaps: bool = False) -> bool:
         kind = _type_of(value)
         if (term.types is not None and kind not in term.types) or (
             term.values is not None and _key(value) not in set(map(_key, term.values))
@@ -782,20 +792,20 @@ class _Converter:
         if kind == "string":
             return (
                 term.shortest <= len(value) <= (len(value) if term.longest is None else term.longest)
-                and all(language.matches(value) for source, language in term.languages if formats or source not in FORMATS)
+                and all(_belongs(value, source, language, perhaps) for source, language in term.languages)
             )
         if kind == "array":
             return (
                 term.fewest_items <= len(value) <= (len(value) if term.most_items is None else term.most_items)
                 and (term.unique is None or len(set(map(_key, value))) == len(value))
-                and all(self.accepts(element, term.element(i), formats) for i, element in enumerate(value))
+                and all(self.accepts(element, term.element(i), perhaps) for i, element in enumerate(value))
             )
         if kind == "object":
             return (
                 term.fewest_members <= len(value) <= (len(value) if term.most_members is None else term.most_members)
                 and all(name in value for name in term.required)
-                and all(self.accepts(name, term.names, formats) for name in value)
-                and all(self.accepts(member, term.member(name), formats) for name, member in value.items())
+                and all(self.accepts(name, term.names, perhaps) for name in value)
+                and all(self.accepts(member, term.member(name), perhaps) for name, member in value.items())
             )
         return True
 
@@ -921,10 +931,11 @@ class _Converter:
         if len(patterns) > MAX_PATTERNS:
             _fail(term.where, f"at most {MAX_PATTERNS} 'patternProperties' can be expressed")
         members = []
-        others = [names_language(names)] * bool(names) + list(patterns.values())
+        named = [names_language(names)] * bool(names)
         for found in itertools.product([False, True], repeat=len(patterns)):
             matching = {source for source, is_found in zip(patterns, found) if is_found}
-            expected = [False] * bool(names) + list(found)
+            languages = [language if is_found else language.generously() for language, is_found in zip(patterns.values(), found)]
+            others, expected = named + languages, [False] * len(named) + list(found)
             schemas = []
             for part in term.objects:
                 of_part = [node for source, _, node in part.patterns if source in matching]
@@ -991,6 +1002,11 @@ class _Converter:
                 before.append(taken if required else choice(taken, after[n]))
             after = before
         return after[0]
+
+
+def _belongs(string: str, source: str, language: Language, perhaps: bool) -> bool:
+    """Whether a string belongs to a pattern's or a format's language. Of formats, the grammars know a part only."""
+    return (source in FORMATS or language.generously().matches(string)) if perhaps else language.matches(string)
 
 
 def _separated(item: Expression, is_after_another: bool, low: int, high: int | None) -> Expression:

@@ -4,8 +4,9 @@ A pattern is read into an expression over the characters of a string (not of its
 is, it is; where something else is wanted of the same string, a length, another pattern, not to be one of some names,
 the languages are followed side by side by one automaton (the product construction), whose states become rules.
 
-Patterns are those of ECMA-262 with the `u` flag, except what no automaton can do (back references) or what would have
-other languages' engines disagree; classes such as \D hold what ECMA's and Python's have in common.
+Patterns are those of ECMA-262 with the `u` flag, except what no automaton can do (back references). Where ECMA's and
+Python's understanding differ (is é a \w?), a string is in a pattern's language only if both say so; and where a string
+is not to match, only if neither does.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .gbnf import (
     choice,
     complement,
     merged,
+    optional,
     repeat,
     sequence,
     text,
@@ -42,6 +44,8 @@ __all__ = ["FORMATS", "UNKNOWN_LANGUAGES", "Language", "PatternError", "format_l
 
 MAX_STATES = 10_000
 """Of an automaton."""
+MAX_STEPS = 500_000
+"""That are tried to build one."""
 MAX_DEPTH = 50
 """Of groups in groups."""
 
@@ -56,13 +60,14 @@ DIGIT: Ranges = ((0x30, 0x39),)
 WORD = merged([(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
 BLANK = merged([(9, 13), (0x20, 0x20), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
                 (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000)])  # fmt: skip
+NEWLINE: Ranges = ((0x0A, 0x0A),)
 LINE_END = merged([(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)])
 EMOJI = (0x1F300, 0x1FAFF)
 NOT_DIGIT = merged([(0, 0x2F), (0x3A, 0x65F), (0x3000, 0xA61F), (0xAC00, 0xD7A3), EMOJI])
 NOT_WORD = merged([(0, 0x2F), (0x3A, 0x40), (0x5B, 0x5E), (0x60, 0x60), (0x7B, 0x7F), (0x2010, 0x2027),
                    (0x2030, 0x205E), EMOJI])  # fmt: skip
 NOT_BLANK = complement([*BLANK, (0x1C, 0x1F), (0x85, 0x85), (0xFEFF, 0xFEFF)])
-CLASSES = {"d": DIGIT, "D": NOT_DIGIT, "w": WORD, "W": NOT_WORD, "s": BLANK, "S": NOT_BLANK}
+CLASSES: dict[str, Ranges] = {"d": DIGIT, "D": NOT_DIGIT, "w": WORD, "W": NOT_WORD, "s": BLANK, "S": NOT_BLANK}
 """What everybody agrees is in a class."""
 OPPOSITE = {"d": "D", "D": "d", "w": "W", "W": "w", "s": "S", "S": "s"}
 CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
@@ -89,8 +94,11 @@ _HEX = {"x": re.compile("x([0-9A-Fa-f]{2})"), "u": re.compile(r"u(?:([0-9A-Fa-f]
 
 
 class _Reader:
-    def __init__(self, source: str) -> None:
-        self.source, self.at, self.depth = source, 0, 0
+    """Reads a pattern; `generously`: with all that anybody may hold to match."""
+
+    def __init__(self, source: str, generously: bool = False) -> None:
+        self.source, self.generously = source, generously
+        self.at, self.depth = 0, 0
 
     def fail(self, message: str) -> NoReturn:
         raise PatternError(f"{message} (at character {self.at + 1})")
@@ -122,6 +130,7 @@ class _Reader:
         return sequence(*parts)
 
     def quantified(self) -> Pattern:
+        start = self.at
         part = self.atom()
         if self.take("*"):
             low, high = 0, None
@@ -133,7 +142,7 @@ class _Reader:
             low, high = self.bounds()
         else:
             return part
-        if isinstance(part, Anchor):
+        if self.source[start] in "^$":
             self.fail("an anchor cannot be repeated")
         self.take("?")  # whether it prefers few or many does not change what it matches
         return repeat(part, low, high)
@@ -157,11 +166,11 @@ class _Reader:
         if self.take("["):
             return self.char_class()
         if self.take("."):
-            return Chars(complement(LINE_END))
+            return Chars(complement(NEWLINE if self.generously else LINE_END))
         if self.take("^"):
             return START
-        if self.take("$"):
-            return END
+        if self.take("$"):  # which Python finds before a last newline, too
+            return sequence(optional(Chars(NEWLINE)), END) if self.generously else END
         if self.take("\\"):
             return self.escape()
         c = self.peek()
@@ -198,9 +207,9 @@ class _Reader:
 
     def escape(self) -> Expression:
         c = self.peek()
-        if c in CLASSES and c:
+        if c in CLASSES:
             self.at += 1
-            return Chars(CLASSES[c])
+            return Chars(complement(CLASSES[OPPOSITE[c]]) if self.generously else CLASSES[c])
         if c in ("b", "B"):
             self.fail(f"word boundaries, \\{c}, cannot be expressed")
         if c in ("k", *"123456789"):
@@ -266,7 +275,8 @@ class _Reader:
                 if high < low:
                     self.fail("a range ends before it begins")
             inside.append((low, high))
-        ranges = complement([*inside, *perhaps]) if negated else merged(inside)
+        ranges = merged(inside if negated == self.generously else [*inside, *perhaps])
+        ranges = complement(ranges) if negated else ranges
         if not ranges:
             self.fail("a class matches nothing")
         return Chars(ranges)
@@ -357,6 +367,12 @@ class Language:
     """A set of strings: those in which the pattern is found."""
 
     pattern: Pattern
+    generous: Pattern
+    """The same pattern with all that anybody may hold to match."""
+
+    def generously(self) -> Language:
+        """All strings of which anybody may hold that they belong to it."""
+        return Language(self.generous, self.generous)
 
     def automaton(self) -> _Automaton:
         return _automaton_of(self.pattern)
@@ -383,18 +399,20 @@ def pattern_language(source: str) -> Language:
     Raises:
         PatternError: it is no pattern, or cannot be expressed.
     """
-    return Language(_Reader(source).read())
+    return Language(_Reader(source).read(), _Reader(source, generously=True).read())
 
 
 @cache
 def format_language(name: str) -> Language:
     """The strings of one of :data:`FORMATS`, or most of them."""
-    return Language(sequence(START, _Reader(FORMATS[name]).read(), END))
+    pattern = sequence(START, _Reader(FORMATS[name]).read(), END)
+    return Language(pattern, pattern)
 
 
 def names_language(names: Seq[str]) -> Language:
     """These strings."""
-    return Language(sequence(START, choice(*map(_spelled, names)), END))
+    pattern = sequence(START, choice(*map(_spelled, names)), END)
+    return Language(pattern, pattern)
 
 
 def _spelled(string: str) -> Expression:
@@ -537,14 +555,31 @@ def _holds(ranges: Ranges, code: int) -> bool:
     return i >= 0 and code <= ranges[i][1]
 
 
-def _kinds_of_characters(automata: Seq[_Automaton]) -> list[Ranges]:
-    """Splits all characters into sets that no automaton tells apart."""
-    sets = dict.fromkeys(ranges for a in automata for moves in a.moves for ranges, _ in moves)
-    bounds = sorted({0, 0x110000, *(b for ranges in sets for low, high in ranges for b in (low, high + 1))})
-    kinds: dict[tuple[bool, ...], list[tuple[int, int]]] = {}
-    for low, end in zip(bounds, bounds[1:]):
-        kinds.setdefault(tuple(_holds(ranges, low) for ranges in sets), []).append((low, end - 1))
-    return [ranges for ranges in map(merged, kinds.values()) if ranges]
+class _Alphabet:
+    """All characters, in sets that none of the automata tells apart."""
+
+    def __init__(self, automata: Seq[_Automaton]) -> None:
+        sets = dict.fromkeys(ranges for a in automata for moves in a.moves for ranges, _ in moves)
+        bounds = sorted({0, 0x110000, *(b for ranges in sets for low, high in ranges for b in (low, high + 1))})
+        if len(sets) * len(bounds) > MAX_STEPS:
+            raise PatternError("it tells too many characters apart")
+        kinds: dict[tuple[bool, ...], list[tuple[int, int]]] = {}
+        for low, end in zip(bounds, bounds[1:]):
+            kinds.setdefault(tuple(_holds(ranges, low) for ranges in sets), []).append((low, end - 1))
+        self.kinds = [ranges for ranges in map(merged, kinds.values()) if ranges]
+        self.rows: list[dict[tuple[int, ...], list[tuple[int, ...]]]] = [{} for _ in automata]
+        self.automata = automata
+        self.n_steps = 0
+
+    def after(self, i: int, states: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Where each kind of characters leads in automaton i."""
+        row = self.rows[i].get(states)
+        if row is None:
+            self.n_steps += len(self.kinds)
+            if self.n_steps > MAX_STEPS:
+                raise PatternError("it needs too large an automaton")
+            row = self.rows[i][states] = [self.automata[i].step(states, kind[0][0]) for kind in self.kinds]
+        return row
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -633,7 +668,7 @@ class _Product:
         self, languages: Seq[Language], low: int, high: int | None, wanted: Callable[[list[bool]], bool]
     ) -> None:
         automata = [language.automaton() for language in languages]
-        kinds = _kinds_of_characters(automata)
+        alphabet = _Alphabet(automata)
         first = (*(a.start for a in automata), 0)
         numbers = {first: 0}
         states = [first]
@@ -649,8 +684,8 @@ class _Product:
             if count == high:
                 continue
             following = count + 1 if high is not None or count < low else count
-            for kind in kinds:
-                after = (*(a.step(s, kind[0][0]) for a, s in zip(automata, sets)), following)
+            for kind, *after_sets in zip(alphabet.kinds, *(alphabet.after(i, s) for i, s in enumerate(sets))):
+                after = (*after_sets, following)
                 if wanted is all and () in after:
                     continue
                 if after not in numbers:

@@ -89,7 +89,9 @@ def _object(rng, depth, defs):
         schema["properties"] = {name: _schema(rng, depth + 1, defs) for name in rng.sample(NAMES, rng.randint(0, 4))}
     _maybe(rng, schema, 0.5, "required", rng.sample(NAMES, rng.randint(0, 2)))
     _maybe(rng, schema, 0.5, "additionalProperties", rng.choice([True, False, _schema(rng, depth + 1, defs)]))
-    _maybe(rng, schema, 0.15, "patternProperties", {rng.choice(["^a", "b", "^[0-9]+$"]): _schema(rng, depth + 1, defs)})
+    if rng.random() < 0.2:
+        patterns = ["^a", "b", "^[0-9]+$", *rng.sample(PATTERNS, 2)]
+        schema["patternProperties"] = {p: _schema(rng, depth + 1, defs) for p in rng.sample(patterns, rng.randint(1, 2))}
     _maybe(rng, schema, 0.1, "propertyNames", rng.choice([{"maxLength": 3}, {"pattern": "^[a-z]"}, {"enum": ["a", "z"]}]))
     _maybe(rng, schema, 0.15, "minProperties", rng.randint(0, 3))
     _maybe(rng, schema, 0.15, "maxProperties", rng.randint(0, 4))
