@@ -1,9 +1,9 @@
 // The view of a chat: its messages, and the field below them.
 
+import { firstWords } from './conversation.js'
 import { $, announce, copyButton, el, exchange, iconButton, onceAFrame } from './dom.js'
 import { imageFrom, imageFiles } from './images.js'
 import { showMarkdown } from './markdown.js'
-import { firstWords } from './session.js'
 import { followTokens, hideCard, showTokens } from './tokens.js'
 
 const IDEAS = [
@@ -200,7 +200,8 @@ export class ChatView {
       view.foot.isFinal = false
       return
     }
-    const key = JSON.stringify([isLast, message.version, message.content === '', message.error, message.ended, Boolean(message.pieces), view.asTokens, message.stats])
+    const { version, content, error, ended, pieces, stats } = message
+    const key = JSON.stringify([isLast, version, content === '', error, ended, Boolean(pieces), view.asTokens, stats])
     if (view.foot.isFinal === key) return
     view.foot.isFinal = key
     this.#paintFoot(view, message, isLast)
@@ -236,9 +237,14 @@ export class ChatView {
     const isUser = message.role === 'user'
     const isNothing = message.content === '' && !message.images  // an answer that failed at once
     const actions = isNothing ? [] : [copyButton(() => message.content)]
-    if (!isUser && isLast && !(isNothing && message.error)) actions.push(iconButton('again', 'Answer again', () => this.session.regenerate(), { class: 'regenerate' }))
+    if (!isUser && isLast && !(isNothing && message.error)) {
+      actions.push(iconButton('again', 'Answer again', () => this.session.regenerate(), { class: 'regenerate' }))
+    }
     if (isLast && message.versions) actions.push(...this.#versions(view, message))
-    if (!isNothing) actions.push(iconButton('edit', isUser ? 'Edit and ask again' : 'Edit this answer', () => this.#edit(view, message), { class: 'edit' }))
+    if (!isNothing) {
+      const label = isUser ? 'Edit and ask again' : 'Edit this answer'
+      actions.push(iconButton('edit', label, () => this.#edit(view, message), { class: 'edit' }))
+    }
     if (message.pieces) {
       const label = view.asTokens ? 'Show as formatted text' : 'Show probabilities'
       actions.push(iconButton(view.asTokens ? 'text' : 'chances', label, () => {
@@ -297,7 +303,8 @@ export class ChatView {
     view.body.replaceChildren(field)
     view.foot.replaceChildren(el('div', { class: 'buttons' },
       el('button', { type: 'button', class: 'quiet', onclick: () => end(false) }, 'Cancel'),
-      el('button', { type: 'button', class: 'primary', title: 'Ctrl + Enter', onclick: () => end(true) }, isUser ? 'Send' : 'Save')))
+      el('button', { type: 'button', class: 'primary', title: 'Ctrl + Enter', onclick: () => end(true) },
+        isUser ? 'Send' : 'Save')))
     field.style.height = `${field.scrollHeight + 4}px`
     field.focus()
   }

@@ -31,7 +31,8 @@ export function icon(name) {
 // A button with an icon only; its name is told to who cannot see it, and shown on hover.
 export function iconButton(name, label, onclick, properties = {}) {
   const { class: more = '', ...rest } = properties
-  return el('button', { type: 'button', class: `icon-button ${more}`, title: label, 'aria-label': label, onclick, ...rest }, icon(name))
+  const own = { type: 'button', class: `icon-button ${more}`, title: label, 'aria-label': label, onclick }
+  return el('button', { ...own, ...rest }, icon(name))
 }
 
 // Copies a text. Pages that come over plain HTTP from another machine have no clipboard, but may copy a selection.

@@ -1,14 +1,15 @@
 // The page at /: puts its parts together. Each part is a module of its own:
 //
-//   session.js        the conversations, and the answers that are being written; no DOM
-//   server.js         requests, waiting for the model, errors          (completion.js: the client itself)
-//   store.js          what the browser keeps
-//   chat.js, text.js  the two views of a conversation                  (markdown.js, tokens.js, images.js)
-//   conversations.js  the list at the left; settings.js the panel at the right
+//   session.js   the conversations, and the answers that are being written; no DOM    (conversation.js: one of them)
+//   server.js    requests, waiting for the model, errors                              (completion.js: the client itself)
+//   store.js     what the browser keeps
+//   chat.js and text.js, the two views of a conversation                              (markdown.js, tokens.js, images.js)
+//   list.js      the conversations at the left
+//   settings.js  the panel at the right
 
 import { ChatView } from './chat.js'
-import { ConversationList } from './conversations.js'
 import { $, ask, icon } from './dom.js'
+import { ConversationList } from './list.js'
 import { apiKey, describe, modelFacts } from './server.js'
 import { Session } from './session.js'
 import { Settings } from './settings.js'
@@ -109,10 +110,14 @@ const isNarrow = () => matchMedia('(max-width: 760px)').matches
 const isMedium = () => matchMedia('(max-width: 1120px)').matches
 
 class Panel {
-  constructor(name, { panel, opener, closer, covers }) {
-    Object.assign(this, { name, panel, opener, closer, covers })
-    opener.addEventListener('click', () => this.toggle())
-    closer.addEventListener('click', () => this.close(true))
+  // covers(): does it lie over the conversation?
+  constructor(name, covers) {
+    this.panel = $(name)
+    this.opener = $(`show-${name}`)
+    this.closer = $(`hide-${name}`)
+    this.covers = covers
+    this.opener.addEventListener('click', () => this.toggle())
+    this.closer.addEventListener('click', () => this.close(true))
   }
 
   get isOpen() {
@@ -138,15 +143,12 @@ class Panel {
 
   #update() {
     this.opener.setAttribute('aria-expanded', String(this.isOpen))
-    if (!this.covers()) remember(this.name, this.isOpen)
+    if (!this.covers()) remember(`${this.panel.id}-open`, this.isOpen)
     layOut()
   }
 }
 
-const panels = {
-  side: new Panel('side', { panel: $('side'), opener: $('show-side'), closer: $('hide-side'), covers: isNarrow }),
-  settings: new Panel('settings-open', { panel: $('settings'), opener: $('show-settings'), closer: $('hide-settings'), covers: isMedium }),
-}
+const panels = { side: new Panel('side', isNarrow), settings: new Panel('settings', isMedium) }
 
 function layOut() {
   const covering = Object.values(panels).find((panel) => panel.isOpen && panel.covers())
@@ -160,7 +162,7 @@ function layOut() {
 }
 
 function layOutAnew() {
-  panels.side.panel.hidden = isNarrow() || !recall('side', true)
+  panels.side.panel.hidden = isNarrow() || !recall('side-open', true)
   panels.settings.panel.hidden = isMedium() || !recall('settings-open', false)
   for (const { opener, isOpen } of Object.values(panels)) opener.setAttribute('aria-expanded', String(isOpen))
   layOut()
@@ -235,7 +237,8 @@ async function meetModel() {
     notify('')
     settings.defaults = defaults
     chat.takesImages = takesImages
-    $('model').textContent = `${defaults.model.split('/').pop().replace(/\.gguf$/i, '')} · ${defaults.n_ctx} tokens of context`
+    const name = defaults.model.split('/').pop().replace(/\.gguf$/i, '')
+    $('model').textContent = `${name} · ${defaults.n_ctx} tokens of context`
   } catch (error) {
     notify(describe(error))
   }

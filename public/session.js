@@ -3,6 +3,9 @@
 // Events: 'list' (what the list of conversations shows), 'select' (another conversation), and with the conversation as detail
 // 'change' (anything in it) and 'grow' (its last message or piece has got more text); 'trouble' with a message for the user.
 
+import {
+  addPiece, chatMessages, edited, isEmpty, newConversation, restored, textOf, titleOf, VERSION, versionsOf,
+} from './conversation.js'
 import { answer, describe } from './server.js'
 import { deleteConversation, loadConversations, recall, remember, saveConversation } from './store.js'
 
@@ -58,11 +61,8 @@ export class Session extends EventTarget {
 
   create(mode = 'chat') {
     remember('mode', mode)
-    if (this.current && isEmpty(this.current)) {
-      this.current.mode = mode
-    } else {
-      this.current = { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, mode, title: '', changed: 0, system: '', messages: [], pieces: [] }
-    }
+    if (this.current && isEmpty(this.current)) this.current.mode = mode
+    else this.current = newConversation(mode)
     remember('current', undefined)
     this.#tell('list')
     this.#tell('select')
@@ -94,7 +94,7 @@ export class Session extends EventTarget {
   // Takes conversations as export writes them; those that are there already stay as they are.
   import(conversations) {
     const known = new Set(this.conversations.map(({ id }) => id))
-    const fresh = conversations.filter((it) => isConversation(it) && !known.has(it.id))
+    const fresh = conversations.map(restored).filter((it) => it && !known.has(it.id))
     this.conversations.push(...fresh)
     fresh.forEach((conversation) => this.#save(conversation))
     this.#sort()
@@ -123,7 +123,9 @@ export class Session extends EventTarget {
     if (!this.conversations.includes(conversation)) return
     clearTimeout(this.#unsaved.get(conversation))
     this.#unsaved.delete(conversation)
-    saveConversation(conversation).catch((error) => this.#tell('trouble', `This conversation could not be kept: ${error.message}`))
+    saveConversation(conversation).catch((error) => {
+      this.#tell('trouble', `This conversation could not be kept: ${error.message}`)
+    })
   }
 
   #saveSoon(conversation) {
@@ -209,13 +211,15 @@ export class Session extends EventTarget {
     Object.assign(conversation, { before, ended: undefined, stats: undefined, error: undefined })
     const limit = this.settings.isEndless ? { n_predict: TEXT_LIMIT } : {}
     const request = async () => ({ ...(await this.settings.options()), ...limit, prompt })
-    await this.#run(conversation, request, conversation, (part) => addPiece(conversation.pieces, { ...part, isNew: true }))
+    const add = (part) => addPiece(conversation.pieces, { ...part, isNew: true })
+    await this.#run(conversation, request, conversation, add)
   }
 
   // Takes the last continuation back.
   undo() {
     const conversation = this.current
-    Object.assign(conversation, { pieces: conversation.before, before: null, ended: undefined, stats: undefined, error: undefined })
+    const { before } = conversation
+    Object.assign(conversation, { pieces: before, before: null, ended: undefined, stats: undefined, error: undefined })
     this.#changed(conversation)
   }
 
@@ -230,7 +234,8 @@ export class Session extends EventTarget {
   async #answer(conversation, versions = []) {
     const messages = chatMessages(conversation)
     const request = async () => ({ ...(await this.settings.options()), messages })
-    const message = { role: 'assistant', content: '', ...(versions.length && { versions: [...versions, {}], version: versions.length }) }
+    const message = { role: 'assistant', content: '' }
+    if (versions.length) Object.assign(message, { versions: [...versions, {}], version: versions.length })
     conversation.messages.push(message)
     await this.#run(conversation, request, message, (part) => {
       message.content += part.text
@@ -272,90 +277,4 @@ export class Session extends EventTarget {
       this.#changed(conversation)
     }
   }
-}
-
-// ---- what conversations are made of -----------------------------------------------------------------------------------------
-
-export const textOf = ({ pieces }) => pieces.map(({ text }) => text).join('')
-
-export const isEmpty = ({ mode, messages, pieces }) => messages.length === 0 && pieces.length === 0
-
-function isConversation(value) {
-  return typeof value?.id === 'string' && typeof value.title === 'string' && Array.isArray(value.messages) && Array.isArray(value.pieces)
-}
-
-function titleOf({ mode, messages, pieces }) {
-  const text = (mode === 'chat' ? messages[0]?.content : textOf({ pieces })) ?? ''
-  return firstWords(text, 48)
-}
-
-const VERSION = ['content', 'pieces', 'ended', 'stats', 'truncated', 'error']  // what answers to the same question differ in
-
-function versionsOf(message) {
-  const own = Object.fromEntries(VERSION.filter((name) => name in message).map((name) => [name, message[name]]))
-  return (message.versions ?? [own]).map((version, i) => (i === (message.version ?? 0) ? own : version))
-}
-
-// A text's beginning, on one line.
-export function firstWords(text, most) {
-  const line = text.slice(0, 10 * most).trim().replace(/\s+/g, ' ')
-  if (line.length <= most) return line
-  const end = line.lastIndexOf(' ', most - 2)
-  return `${line.slice(0, end > most / 2 ? end : most - 2)} …`
-}
-
-// A chat as the server wants it. Answers that came to nothing are left out; what was said on both sides of one is joined, as
-// many models' templates insist on roles that take turns.
-function chatMessages({ system, messages }) {
-  const told = system.trim() ? [{ role: 'system', content: system }] : []
-  let last = null
-  for (const { role, content, images = [] } of messages) {
-    if (role === 'assistant' && content === '') continue
-    if (last?.role === role) last.content = joined(last.content, contentOf(content, images))
-    else told.push(last = { role, content: contentOf(content, images) })
-  }
-  return told
-}
-
-function contentOf(text, images) {
-  if (images.length === 0) return text
-  return [{ type: 'text', text }, ...images.map((url) => ({ type: 'image_url', image_url: { url } }))]
-}
-
-function joined(a, b) {
-  if (typeof a === 'string' && typeof b === 'string') return `${a}\n\n${b}`
-  return [a, b].flatMap((content) => (typeof content === 'string' ? [{ type: 'text', text: content }] : content))
-}
-
-// Adds a piece of text; one without tokens becomes part of the last one if that is of the same kind.
-function addPiece(pieces, piece) {
-  const last = pieces.at(-1)
-  if (last && !last.tokens && !piece.tokens && Boolean(last.isNew) === Boolean(piece.isNew)) last.text += piece.text
-  else pieces.push(piece)
-}
-
-// The pieces of a text that has been edited: those before and after the change stay as they are.
-function edited(pieces, text) {
-  const old = textOf({ pieces })
-  const most = Math.min(old.length, text.length)
-  let before = 0
-  while (before < most && old[before] === text[before]) before += 1
-  let after = 0
-  while (after < most - before && old[old.length - 1 - after] === text[text.length - 1 - after]) after += 1
-  const result = []
-  const keep = (from, to) => {
-    let at = 0
-    for (const piece of pieces) {
-      const start = Math.max(from - at, 0), end = Math.min(to - at, piece.text.length)
-      if (start < end) {
-        if (end - start === piece.text.length) addPiece(result, { ...piece })
-        else addPiece(result, { text: piece.text.slice(start, end), ...(piece.isNew && { isNew: true }) })
-      }
-      at += piece.text.length
-    }
-  }
-  keep(0, before)
-  if (text.length - after > before) addPiece(result, { text: text.slice(before, text.length - after) })
-  keep(old.length - after, old.length)
-  return result
 }

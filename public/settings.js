@@ -1,4 +1,5 @@
-// The settings: how answers are sampled, and what form they must have. Only what differs from the server's defaults is kept and sent.
+// The settings: how answers are sampled, and what form they must have. Only what differs from the server's defaults is kept
+// and sent.
 
 import { $, el, iconButton } from './dom.js'
 import { recall, remember } from './store.js'
@@ -32,7 +33,8 @@ const GROUPS = [
         help: 'Against every word that has occurred, however often. 0 is off.' },
       { name: 'frequency_penalty', label: 'Frequency penalty', usual: 0, low: -2, high: 2, step: 0.05,
         help: 'Against words in proportion to how often they occurred. 0 is off.' },
-      { name: 'penalize_nl', label: 'Penalize line breaks', usual: true, help: 'Whether new lines count as repeated words.' },
+      { name: 'penalize_nl', label: 'Penalize line breaks', usual: true,
+        help: 'Whether new lines count as repeated words.' },
     ],
   },
   {
@@ -44,8 +46,10 @@ const GROUPS = [
         help: 'Keeps words about as surprising as one would expect here. 1 is off.' },
       { name: 'mirostat', label: 'Mirostat', usual: 0, choices: [[0, 'Off'], [1, '1'], [2, '2']],
         help: 'Steers towards an even surprise, in place of top k, top p and the others.' },
-      { name: 'mirostat_tau', label: 'Mirostat tau', usual: 5, low: 0, high: 10, step: 0.1, help: 'The surprise it aims at, in bits.' },
-      { name: 'mirostat_eta', label: 'Mirostat eta', usual: 0.1, low: 0, high: 1, step: 0.01, help: 'How fast it corrects itself.' },
+      { name: 'mirostat_tau', label: 'Mirostat tau', usual: 5, low: 0, high: 10, step: 0.1,
+        help: 'The surprise it aims at, in bits.' },
+      { name: 'mirostat_eta', label: 'Mirostat eta', usual: 0.1, low: 0, high: 1, step: 0.01,
+        help: 'How fast it corrects itself.' },
     ],
   },
   {
@@ -72,7 +76,14 @@ const PRESETS = [
 const PRESET_NAMES = ['temperature', 'top_p', 'top_k', 'min_p']
 
 const GRAMMAR_EXAMPLE = 'root ::= ("yes" | "no") "."'
-const SCHEMA_EXAMPLE = '{\n "type": "object",\n "properties": {\n  "name": { "type": "string" },\n  "age": { "type": "integer" }\n },\n "required": ["name", "age"]\n}'
+const SCHEMA_EXAMPLE = `{
+  "type": "object",
+  "properties": {
+    "name": { "type": "string" },
+    "age": { "type": "integer" }
+  },
+  "required": ["name", "age"]
+}`
 
 export class Settings {
   #values = recall('settings', {})  // what differs from the usual
@@ -181,12 +192,14 @@ export class Settings {
       return [input]
     }
     if (option.isText) {
-      const input = el('textarea', { id, rows: 2, spellcheck: false, ...described, onchange: () => this.set(name, input.value) })
+      const onchange = () => this.set(name, input.value)
+      const input = el('textarea', { id, rows: 2, spellcheck: false, ...described, onchange })
       input.show = () => { input.value = this.#get(name) }
       return [input]
     }
     if (typeof usual === 'boolean') {
-      const input = el('input', { id, type: 'checkbox', role: 'switch', ...described, onchange: () => this.set(name, input.checked) })
+      const onchange = () => this.set(name, input.checked)
+      const input = el('input', { id, type: 'checkbox', role: 'switch', ...described, onchange })
       input.show = () => { input.checked = this.#get(name) }
       return [input]
     }
@@ -197,7 +210,7 @@ export class Settings {
   #numberInputs({ name, label, low, high, step, least, most, isPlain }, id, described) {
     const field = el('input', {
       id, type: 'number', step: step < 1 ? 'any' : step, inputMode: 'decimal', ...described,
-      ...(least !== undefined && { min: least }), ...(most !== undefined && { max: most }), ...(least === undefined && low === 0 && { min: 0 }),
+      min: least ?? (low === 0 ? 0 : undefined), max: most,
       onchange: () => {
         if (field.value !== '' && field.checkValidity()) this.set(name, field.valueAsNumber)
         else field.show()
@@ -225,7 +238,10 @@ export class Settings {
       const field = $(name)
       field.placeholder = name === 'grammar' ? GRAMMAR_EXAMPLE : SCHEMA_EXAMPLE
       field.addEventListener('input', () => this.set(name, field.value || undefined))
-      this.#controls.set(name, () => { if (field.value !== (this.#values[name] ?? '')) field.value = this.#values[name] ?? '' })
+      this.#controls.set(name, () => {
+        const value = this.#values[name] ?? ''
+        if (field.value !== value) field.value = value  // or the cursor would jump
+      })
     }
     $('to-grammar').addEventListener('click', async () => {
       const grammar = await grammarOf(this.#values.schema)

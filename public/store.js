@@ -1,10 +1,4 @@
 // What the browser keeps: conversations in its database, small things (settings, theme, key) in its local storage.
-//
-// A conversation is { id, mode: 'chat' | 'text', title, changed, system, messages, pieces }:
-//   messages  of a chat: { role, content, images?, pieces?, ended?, stats?, error?, versions?, version? }
-//   versions  of an answer: what the model has said to the same question; the one at `version` is shown
-//   pieces    of a text: { text, isNew?, tokens? }, one after the other; isNew: the model wrote it
-//   tokens    of a piece: { text, prob, top: [[text, prob], …] }, present where probabilities were asked for
 
 const DATABASE = 'pyllama'
 const CONVERSATIONS = 'conversations'

@@ -4,8 +4,8 @@
 // marked; the mirror also makes the field as high as its text. Tokens under the pointer are found in the mirror.
 
 import { progressText, statsText } from './chat.js'
+import { textOf } from './conversation.js'
 import { $, el, exchange, onceAFrame } from './dom.js'
-import { textOf } from './session.js'
 import { hideCard, showCard, tokenSpan } from './tokens.js'
 
 export class TextView {
@@ -69,7 +69,8 @@ export class TextView {
 
   #paintMirror(pieces) {
     const mirror = $('mirror')
-    const end = mirror.lastElementChild ?? mirror.appendChild(el('span', {}, '\u200b'))  // a last line that is empty counts, too
+    // Without a character in its end a last line that is empty would not count.
+    const end = mirror.lastElementChild ?? mirror.appendChild(el('span', {}, '\u200b'))
     pieces.forEach((piece, i) => {
       let span = this.#spans.get(piece)
       if (!span) {

@@ -657,9 +657,18 @@ def test_export_and_import(open_page):
   document.getElementById('import-file').dispatchEvent(new Event('change'))
 }})()""")
 
-    load(json.dumps([{**conversation, "id": "another", "title": "from a file"}, conversation, {"id": 3}]))
+    load(json.dumps([{**conversation, "id": "another", "title": "from a file"}, conversation, {"id": 3}, None, []]))
     page.wait_for("document.getElementById('notice-text').textContent === 'One conversation was added.'")
     assert sorted(texts(page, TITLES)) == ["from a file", "hello"]
+    odd = {
+        "id": "odd",
+        "title": 7,
+        "messages": [5, {"role": "user"}, {"content": [1], "pieces": [{"tokens": 1}]}],
+        "pieces": ["a"],
+    }
+    load(json.dumps(odd))
+    page.click("#conversation-list li:last-child .open")  # without a date it is the oldest
+    page.wait_for("document.querySelectorAll('.message').length === 2")
     load("nonsense")
     page.wait_for("document.getElementById('notice-text').textContent.includes('does not hold')")
 

@@ -49,7 +49,9 @@ export class ConversationList {
           if (key === 'F2') this.#rename(conversation)
           if (key === 'Delete') this.#remove(conversation)
         },
-      }, el('span', {}, title), this.session.isBusy(conversation) && el('span', { class: 'busy', title: 'An answer is being written' })),
+      },
+      el('span', {}, title),
+      this.session.isBusy(conversation) && el('span', { class: 'busy', title: 'An answer is being written' })),
       iconButton('edit', `Rename “${title}”`, () => this.#rename(conversation), { class: 'rename' }),
       iconButton('delete', `Delete “${title}”`, () => this.#remove(conversation), { class: 'delete' }))
     item.dataset.id = conversation.id
@@ -63,7 +65,8 @@ export class ConversationList {
 
   async #remove(conversation) {
     const text = `“${conversation.title || 'Untitled'}” will be gone from this browser.`
-    if (await ask({ title: 'Delete this conversation?', text, confirm: 'Delete', danger: true })) this.session.remove(conversation)
+    const isSure = await ask({ title: 'Delete this conversation?', text, confirm: 'Delete', danger: true })
+    if (isSure) this.session.remove(conversation)
   }
 
   exportAll() {
