@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import queue
 import random
 import re
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -89,53 +88,49 @@ class Client:
         head = f"POST /completion HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n"
         self.socket = socket.create_connection((host, port), timeout=60)
         self.request = head.encode() + data
-        self.answer = Answer()
-        self.received: list[bytes] = []
-        self.begin = 0.0
+        self.sent = 0.0
+        self.received: list[tuple[float, bytes]] = []
 
-    def send(self) -> None:
-        self.begin = time.perf_counter()
-        self.socket.sendall(self.request)
-
-    def read(self) -> bool:
-        """Takes what is there; False: the stream has ended."""
-        data = self.socket.recv(65536)
-        now = time.perf_counter() - self.begin
-        self.received.append(data)
-        self.answer.times += [now] * data.count(b'"stop":false')
-        return bool(data) and not data.endswith(b"\r\n0\r\n\r\n")
-
-    def finish(self) -> Answer:
-        """Reads the figures in the last event.
+    def answer(self) -> Answer:
+        """What the bytes say that have come.
 
         Raises:
             RuntimeError: the answer is none.
         """
-        self.socket.close()
-        text = b"".join(self.received)
+        text = b"".join(data for _, data in self.received)
         match = re.search(rb'"tokens_evaluated":(\d+),"tokens_predicted":(\d+)', text)
-        if match is None or not self.answer.times:
+        times = [now - self.sent for now, data in self.received for _ in range(data.count(b'"stop":false'))]
+        if match is None or not times:
             raise RuntimeError(f"the server did not answer as expected: {text[-500:].decode(errors='replace')}")
-        self.answer.n_prompt, self.answer.n_tokens = int(match[1]), int(match[2])
-        return self.answer
+        return Answer(times, n_tokens=int(match[2]), n_prompt=int(match[1]))
 
 
 def over_http(address: tuple[str, int], texts: Sequence[str], options: dict[str, Any]) -> Round:
     """All texts at once, each on a connection of its own."""
     clients = [Client(*address, {"prompt": text, "stream": True, **options}) for text in texts]
-    with selectors.DefaultSelector() as selector:
-        begin = time.perf_counter()
-        for client in clients:
-            selector.register(client.socket, selectors.EVENT_READ, client)
-            client.send()
-        n_open = len(clients)
-        while n_open:
-            for key, _ in selector.select():
-                if not key.data.read():
-                    selector.unregister(key.fileobj)
-                    n_open -= 1
-        seconds = time.perf_counter() - begin
-    return Round([client.finish() for client in clients], seconds)
+    poll = select.poll()
+    reading = {}
+    for client in clients:
+        poll.register(client.socket, select.POLLIN)
+        reading[client.socket.fileno()] = client.socket.recv, client.received
+    begin = time.perf_counter()
+    for client in clients:
+        client.sent = time.perf_counter()
+        client.socket.sendall(client.request)
+    while reading:  # no more than what has to be done while the server works
+        ready = poll.poll()
+        now = time.perf_counter()
+        for number, _ in ready:
+            receive, received = reading[number]
+            data = receive(65536)
+            if data:
+                received.append((now, data))
+            else:
+                poll.unregister(number)
+                del reading[number]
+    for client in clients:
+        client.socket.close()
+    return Round([client.answer() for client in clients], max(client.received[-1][0] for client in clients) - begin)
 
 
 @contextmanager
@@ -180,37 +175,29 @@ class Direct:
 
     def run(self, texts: Sequence[str], options: dict[str, Any]) -> Round:
         """The same as :func:`over_http`."""
-        from pyllama.engine import Done, Request
+        from pyllama.engine import Request
         from pyllama.sampling import SamplingParams
 
         known = {name: value for name, value in options.items() if name not in ("n_predict", "cache_prompt")}
         sampling = SamplingParams(**known)
         limits = {"n_predict": options["n_predict"], "cache_prompt": options["cache_prompt"]}
-        answers, streams, begins = [], [], []
+        answers, streams = [], []
         begin = time.perf_counter()
         for text in texts:
-            begins.append(time.perf_counter())
+            answer, sent = Answer(), time.perf_counter()
             tokens = tuple(self.model.tokenizer.encode(text, add_special=True))
-            streams.append(self.engine.submit(Request(prompt=tokens, sampling=sampling, **limits)))
-            answers.append(Answer())
-        waiting = dict(enumerate(streams))
-        while waiting:
-            # One look at all of them for each of the first one's events: they come in steps.
-            for i, stream in list(waiting.items()):
-                event: Any = None
-                try:
-                    while not isinstance(event, Done):
-                        event = stream.get(
-                            timeout=None if stream is next(iter(waiting.values())) and event is None else 0
-                        )
-                        now = time.perf_counter() - begins[i]
-                        if not isinstance(event, Done):
-                            answers[i].times.append(now)
-                except queue.Empty:
-                    continue
-                answers[i].n_prompt, answers[i].n_tokens = event.n_prompt, event.n_predicted
-                del waiting[i]
-        return Round(answers, time.perf_counter() - begin)
+            stream = self.engine.submit(Request(prompt=tokens, sampling=sampling, **limits))
+            # The engine notes the times itself: a thread that is woken to do that would be what is to be measured.
+            stream.listener = lambda note=answer.times.append, sent=sent: note(time.perf_counter() - sent)
+            answers.append(answer)
+            streams.append(stream)
+        for answer, stream in zip(answers, streams):
+            _, _, done = stream.result()
+            answer.n_prompt, answer.n_tokens = done.n_prompt, done.n_predicted
+        seconds = time.perf_counter() - begin
+        for answer in answers:
+            del answer.times[answer.n_tokens :]  # the event that says that this was all is no token
+        return Round(answers, seconds)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

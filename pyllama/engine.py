@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,9 +107,14 @@ class Stream:
         self.slot_id = request.slot_id
         """The slot in which it runs; known when the first :class:`Token` comes."""
         self.cancelled = False
+        self.listener: Callable[[], None] | None = None
+        """Called in the engine's thread when an event has come: it must be quick, and not wait. Events may have come before it
+        is set."""
         self._engine = engine
         self._events: queue.SimpleQueue[Token | Done] = queue.SimpleQueue()
         self._ended = False
+        self._all_there = threading.Event()
+        self._wanted_whole = False
 
     def __iter__(self) -> Iterator[Token | Done]:
         while not self._ended:
@@ -128,6 +133,15 @@ class Stream:
         self._ended = isinstance(event, Done)
         return event
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until all events are there, which costs the engine less than a reader that takes them one by one.
+
+        Returns:
+            False: they are not there after ``timeout`` seconds.
+        """
+        self._wanted_whole = True
+        return self._all_there.wait(timeout)
+
     def cancel(self) -> None:
         """Ends the request within a step; the stream still ends with :class:`Done`."""
         if not (self._ended or self.cancelled):
@@ -136,6 +150,7 @@ class Stream:
 
     def result(self) -> tuple[str, list[Sample], Done]:
         """Waits for the end: all text, all samples, and the last event."""
+        self.wait()
         text: list[str] = []
         samples: list[Sample] = []
         for event in self:
@@ -236,7 +251,7 @@ class Engine:
             raise ValueError(f"a context of {model.n_ctx} tokens is too small; at least {_LEAST_CONTEXT} are needed")
         self.model, self.n_slots, self.continuous = model, n_slots, continuous
         self._start_afresh()
-        self._outbox: list[tuple[queue.SimpleQueue[Token | Done], Token | Done]] = []
+        self._outbox: list[tuple[Stream, Token | Done]] = []
         self._wake = threading.Condition()  # guards the next four
         self._news = False  # the others have changed; read without the lock
         self._arrived: list[_Job] = []
@@ -458,16 +473,16 @@ class Engine:
             return
         sequence.tokens.append(sample.token)
         job.n_predicted += 1
-        event, events = job.text.push(sample), job.stream._events
+        event, stream = job.text.push(sample), job.stream
         if event is not None:
-            self._outbox.append((events, event))
+            self._outbox.append((stream, event))
         if job.text.stopping_word:
             self._end(sequence, "word")
         elif job.sampler.finished:
             self._end(sequence, "eos")
         elif 0 < n_predict <= job.n_predicted:
             self._end(sequence, "limit")
-        elif events.qsize() >= _MOST_UNREAD:
+        elif stream._events.qsize() >= _MOST_UNREAD and not stream._wanted_whole:
             self._end(sequence, "error", error="nobody reads this stream")
 
     def _end(
@@ -488,9 +503,8 @@ class Engine:
     ) -> None:
         job: _Job = sequence.owner
         ended = time.perf_counter()
-        events = job.stream._events
         if reason != "word" and (rest := job.text.flush()) is not None:
-            self._outbox.append((events, rest))
+            self._outbox.append((job.stream, rest))
         done = Done(
             reason=reason,
             stopping_word=job.text.stopping_word,
@@ -509,10 +523,23 @@ class Engine:
             error=error,
             embedding=embedding,
         )
-        self._outbox.append((events, done))
+        self._outbox.append((job.stream, done))
 
     def _deliver(self) -> None:
         """Wakes the readers, once all of a step's tokens are there."""
-        for events, event in self._outbox:
-            events.put(event)
+        for stream, event in self._outbox:
+            stream._events.put(event)
+            if isinstance(event, Done):
+                stream._all_there.set()
+        # Streams that have the same listener are one client's.
+        for listener in dict.fromkeys(stream.listener for stream, _ in self._outbox):
+            if listener is not None:
+                _tell(listener)
         self._outbox.clear()
+
+
+def _tell(listener: Callable[[], None]) -> None:
+    try:
+        listener()
+    except Exception:  # a fault of ours, and not of the other streams
+        _log.exception("what listens to a stream failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import http.client
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pyllama.server.http import MAX_BODY, NOTES, RequestRecord, Server
+from pyllama.server.http import CLIENT, MAX_BODY, NOTES, Client, RequestRecord, Server
 
 Application = Callable[..., Iterable[bytes]]
 
@@ -112,6 +113,157 @@ def test_chunks_arrive_when_they_are_made():
         assert response.read1() == b"data: 1\n\n"
         proceed.set()
         assert response.read() == b"data: 2\n\n"
+
+
+class News:
+    """An application whose body is what the test pushes, None for the end."""
+
+    def __init__(self, first: bytes = b"first ") -> None:
+        self.client: Client | None = None
+        self.pieces = collections.deque([first])
+        self.is_closed = threading.Event()
+        self.threads: list[str] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        if environ["PATH_INFO"] != "/news":
+            return hello(environ, start_response)
+        self.client = environ[CLIENT]
+        self.client.takes_news = True
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        return self._body()
+
+    def _body(self) -> Iterator[bytes]:
+        try:
+            while True:
+                self.threads.append(threading.current_thread().name)
+                piece = self.pieces.popleft() if self.pieces else b"" if not self.client.is_gone() else None
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            self.is_closed.set()
+
+    def push(self, *pieces: bytes | None) -> None:
+        wait_for(lambda: self.client is not None and self.client.write_news is not None)
+        self.pieces.extend(pieces)
+        self.client.write_news()
+
+
+def test_news_are_written_in_the_thread_that_brings_them():
+    news = News()
+    with running(news, n_threads=1) as server:
+        response = server.get("/news")
+        assert response.getheader("Transfer-Encoding") == "chunked"
+        assert response.read1() == b"first "
+        for piece in (b"second ", b"third "):
+            del news.threads[:]
+            news.push(piece)
+            assert response.read1() == piece
+            assert threading.current_thread().name in news.threads
+        assert server.get().read() == b"hello"  # though there is but one thread for handlers
+        news.push(b"last", None)
+        assert response.read() == b"last"
+        record = server.record(2)
+    assert news.is_closed.is_set()
+    assert (record.path, record.status, record.n_bytes) == ("/news", 200, len(b"first second third last"))
+
+
+def test_news_for_clients_that_know_no_chunks():
+    news = News()
+    with running(news) as server, server.connect() as connection:
+        connection.sendall(b"GET /news HTTP/1.0\r\n\r\n")
+        news.push(b"last", None)
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head
+    assert body == b"first last"
+
+
+def test_news_from_several_threads_come_in_order():
+    news = News(b"\n")
+    with running(news) as server:
+        response = server.get("/news")
+        news.push()
+        numbers = iter(range(1000))
+
+        def push() -> None:
+            for _ in range(100):
+                with lock:
+                    news.pieces.append(b"%d\n" % next(numbers))
+                news.client.write_news()
+
+        lock = threading.Lock()
+        threads = [threading.Thread(target=push) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        news.push(None)
+        assert response.read().split() == [b"%d" % i for i in range(400)]
+
+
+def test_a_silent_body_whose_client_leaves_is_closed():
+    news = News()
+    with running(news) as server:
+        with server.connect() as connection:
+            connection.sendall(b"GET /news HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(10)
+            news.push()
+        assert news.is_closed.wait(5)
+        assert server.record().path == "/news"
+
+
+def test_a_slow_reader_of_news_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr("pyllama.server.http.MAX_UNREAD", 1 << 16)
+    news = News()
+    with running(news) as server, server.connect() as connection:
+        connection.sendall(b"GET /news HTTP/1.1\r\nHost: x\r\n\r\n")
+        piece = bytes(1 << 18)
+        began = time.monotonic()
+        news.push(*[piece] * 100, None)  # more than any socket takes
+        assert time.monotonic() - began < 5
+        assert len(news.pieces) > 10
+        assert server.get().read() == b"hello"
+        answer = read_all(connection)
+        assert answer.endswith(b"\r\n0\r\n\r\n") and len(answer) > 100 * len(piece)
+        assert news.is_closed.wait(5)
+
+
+def test_a_reader_of_news_that_never_reads_is_given_up(monkeypatch):
+    monkeypatch.setattr("pyllama.server.http.MAX_UNREAD", 1 << 16)
+    news = News()
+    with running(news, timeout=1) as server, server.connect() as connection:
+        connection.sendall(b"GET /news HTTP/1.1\r\nHost: x\r\n\r\n")
+        news.push(*[bytes(1 << 18)] * 100)
+        assert news.is_closed.wait(10)
+
+
+def test_news_that_fail_end_the_answer(caplog):
+    def broken(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        environ[CLIENT].takes_news = True
+        return pieces()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"so far"
+        raise RuntimeError("no more")
+
+    with running(broken) as server, server.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = read_all(connection)
+        assert b"so far" in answer and not answer.endswith(b"\r\n0\r\n\r\n")
+        assert server.record().n_bytes == len(b"so far")
+    assert "no more" in caplog.text
+
+
+def test_a_stop_ends_what_waits_for_news(monkeypatch):
+    monkeypatch.setattr("pyllama.server.http.STOP_SECONDS", 0.3)
+    news = News()
+    server = Running(news)
+    response = server.get("/news")
+    assert response.read1() == b"first "
+    news.push()
+    assert server.stop() < 5
+    assert news.is_closed.is_set()
 
 
 def test_a_client_that_leaves_is_noticed():

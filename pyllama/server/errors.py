@@ -23,6 +23,8 @@ _TYPES = {
     503: "unavailable_error",
 }
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 class ApiError(HTTPError):
     """Raised by a handler to end a request with this status and message."""
@@ -37,7 +39,7 @@ class ApiError(HTTPError):
 
 def dump(value: object) -> bytes:
     """JSON in UTF-8. Lone surrogates, which UTF-8 has no bytes for, are written as JSON's escapes."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+    return _to_json(value).encode("utf-8", "backslashreplace")
 
 
 def error_object(code: int, message: str) -> dict[str, Any]:

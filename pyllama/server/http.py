@@ -1,5 +1,6 @@
-"""Waitress, with what a server of long streams needs besides: errors as JSON objects also where no handler was reached, one log
-line for each request, clients that do not read given up after the timeout, and a stop that lets answers be finished.
+"""Waitress, with what a server of long streams needs besides: streams that are written as their pieces come, errors as JSON
+objects also where no handler was reached, one log line for each request, clients that do not read given up after the timeout,
+and a stop that lets answers be finished.
 
 This module knows sockets and WSGI; nothing of models or of what the paths mean.
 """
@@ -7,16 +8,17 @@ This module knows sockets and WSGI; nothing of models or of what the paths mean.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
-from waitress.channel import HTTPChannel
+from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
@@ -24,8 +26,11 @@ from waitress.utilities import BadRequest
 
 from pyllama import __version__
 from pyllama.server.errors import JSON, error_body
+from pyllama.server.writer import Answer, Writer
 
-__all__ = ["MAX_BODY", "NOTES", "RequestRecord", "Server"]
+__all__ = ["CLIENT", "MAX_BODY", "NOTES", "Client", "RequestRecord", "Server"]
+
+_log = logging.getLogger(__name__)
 
 MAX_BODY = 16 << 20
 """Bytes of a request's body."""
@@ -40,8 +45,27 @@ STOP_SECONDS = 5.0
 """How long a stop waits for answers to be finished."""
 NOTES = "pyllama.notes"
 """Key of the WSGI environment under which a handler finds a dictionary for what it wants to see in the log."""
+CLIENT = "pyllama.client"
+"""Key of the WSGI environment under which a handler finds the :class:`Client`."""
+_BODY = "pyllama.body"
+"""Key of the WSGI environment for the body that the writer is to write."""
 
-Application = Callable[..., Any]
+Application = Callable[..., Iterable[bytes]]
+
+
+class Client:
+    """Whoever waits for an answer, as a handler sees them."""
+
+    def __init__(self, channel: HTTPChannel) -> None:
+        self._channel = channel
+        self.takes_news = False
+        """To be set by a handler whose body gives ``b""`` instead of waiting as soon as ``write_news`` is there."""
+        self.write_news: Callable[[], None] | None = None
+        """To be called when such a body has more, in any thread, which then asks the body for it. It does not wait."""
+
+    def is_gone(self) -> bool:
+        """Is the connection closed?"""
+        return not self._channel.connected
 
 
 class RequestRecord(NamedTuple):
@@ -57,33 +81,100 @@ class RequestRecord(NamedTuple):
     notes: dict[str, Any]
 
 
+class _HandedOver(BaseException):
+    """Leaves what Waitress does with a request: the answer, its argument, is the writer's from now on."""
+
+
 class _Recorded:
     """A task that reports itself when it is done."""
 
     def service(self) -> None:
         try:
             super().service()  # type: ignore[misc]
-        finally:
-            environ = getattr(self, "environ", None) or {}
-            request, channel = self.request, self.channel
-            channel.server.on_request(
-                RequestRecord(
-                    client=channel.addr[0],
-                    method=request.command,
-                    path=request.path,
-                    status=int(self.status.split(" ", 1)[0]),
-                    n_bytes=self.content_bytes_written,
-                    seconds=time.time() - self.start_time,
-                    notes=environ.get(NOTES, {}),
-                )
+        except _HandedOver:
+            raise
+        except BaseException:
+            self.record()
+            raise
+        else:
+            self.record()
+
+    def record(self) -> None:
+        environ = getattr(self, "environ", None) or {}
+        request, channel = self.request, self.channel
+        channel.server.on_request(
+            RequestRecord(
+                client=channel.addr[0],
+                method=request.command,
+                path=request.path,
+                status=int(self.status.split(" ", 1)[0]),
+                n_bytes=self.content_bytes_written,
+                seconds=time.time() - self.start_time,
+                notes=environ.get(NOTES, {}),
             )
+        )
 
 
-class _Task(_Recorded, WSGITask):
+class _Task(_Recorded, WSGITask, Answer):
+    """The application's answer, written in the handler's thread or by the writer."""
+
+    def __init__(self, channel: HTTPChannel, request: HTTPRequestParser) -> None:
+        WSGITask.__init__(self, channel, request)
+        Answer.__init__(self)
+
     def get_environment(self) -> dict[str, Any]:
         environ = super().get_environment()
         environ.setdefault(NOTES, {})
+        environ.setdefault(CLIENT, Client(self.channel))
         return environ
+
+    def execute(self) -> None:
+        super().execute()
+        if _BODY in self.environ:
+            self._body: Iterator[bytes] = iter(self.environ[_BODY])
+            raise _HandedOver(self)
+
+    def write_news(self) -> bool:
+        try:
+            # More than that would have to wait for the client, and all others with it.
+            while self.channel.total_outbufs_len <= MAX_UNREAD:
+                piece = next(self._body, None)
+                if piece is None:
+                    self.finish()
+                    return True
+                if not piece:
+                    return False
+                if not self.wrote_header:
+                    self.write(b"")
+                self.channel.write_now(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked_response else piece)
+                self.content_bytes_written += len(piece)
+            return False
+        except (ClientDisconnected, OSError):
+            return True
+        except Exception:
+            _log.exception("the answer to %s broke off", self.request.path)
+            return True
+
+    def end(self) -> None:
+        try:
+            self.environ[_BODY].close()
+        except Exception:
+            _log.exception("the answer to %s could not be closed", self.request.path)
+        self.channel.close_after_answer()
+        self.record()
+
+
+def _with_bodies_for_the_writer(application: Application) -> Application:
+    """Keeps bodies that take news back from Waitress, which would wait for them in the handler's thread."""
+
+    def call(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        body = application(environ, start_response)
+        if not environ[CLIENT].takes_news:
+            return body
+        environ[_BODY] = body
+        return ()
+
+    return call
 
 
 class _RefusedTask(_Recorded, ErrorTask):
@@ -133,6 +224,33 @@ class _Channel(HTTPChannel):
     """A request of which a part is still to come,"""
     arriving_since: float = 0.0
     """and when its first bytes came."""
+
+    def service(self) -> None:
+        try:
+            super().service()
+        except _HandedOver as task:
+            self.server.take_over(task.args[0])
+
+    def write_now(self, data: bytes) -> None:
+        """Sends what can be sent and keeps the rest, as ``write_soon``, which is several times as slow."""
+        with self.outbuf_lock:
+            if self.connected and not self.total_outbufs_len:
+                with contextlib.suppress(OSError):  # write_soon will meet it again
+                    data = data[self.socket.send(data) :]
+                    self.last_activity = time.time()
+        if data:
+            self.write_soon(data)
+
+    def close_after_answer(self) -> None:
+        """Closes the connection when all is sent; what else was asked for on it is dropped, as Waitress does."""
+        with self.requests_lock:
+            self.close_when_flushed = True
+            for request in self.requests:
+                request.close()
+            self.requests = []
+        if self.connected:
+            self.server.pull_trigger()
+        self.last_activity = time.time()
 
     def readable(self) -> bool:
         return self.lingering_until is not None or super().readable()
@@ -190,6 +308,12 @@ class _Listener(TcpWSGIServer):
 
     channel_class = _Channel
     on_request: Callable[[RequestRecord], None]
+    writer: Writer
+
+    def take_over(self, task: _Task) -> None:
+        """Lets the writer write the rest of an answer."""
+        task.environ[CLIENT].write_news = functools.partial(self.writer.write, task)
+        self.writer.take(task)
 
     def close_overdue(self, now: float) -> None:
         """Closes connections that are overdue or left, and where there are too many those that are waited for.
@@ -211,8 +335,7 @@ class Server:
     """Listens from the moment it is made; answers while :meth:`run` runs.
 
     Args:
-        application: WSGI. Its environment has :data:`NOTES`, and ``waitress.client_disconnected()`` tells whether the client
-            is gone.
+        application: WSGI. Its environment has :data:`NOTES` and :data:`CLIENT`.
         host, port: where to listen; a host name with several addresses means all of them. Port 0: any free one.
         n_threads: requests that can be answered at once.
         timeout: seconds after which a client that sends or reads nothing is given up.
@@ -252,6 +375,7 @@ class Server:
         except ValueError as error:
             raise OSError(f"{host!r} is not an address of this machine") from error
         self._dispatcher = ThreadedTaskDispatcher()
+        self._writer = Writer()
         self._map: dict[int, Any] = {}
         self._listeners: list[_Listener] = []
         self._stopping = False
@@ -259,12 +383,17 @@ class Server:
         try:
             for address in settings.listen:
                 listener = _Listener(
-                    application, self._map, dispatcher=self._dispatcher, adj=settings, sockinfo=address
+                    _with_bodies_for_the_writer(application),
+                    self._map,
+                    dispatcher=self._dispatcher,
+                    adj=settings,
+                    sockinfo=address,
                 )
-                listener.on_request = on_request
+                listener.on_request, listener.writer = on_request, self._writer
                 self._listeners.append(listener)
         except OSError:
             wasyncore.close_all(self._map)
+            self._writer.stop(1)
             raise
         self._dispatcher.set_thread_count(n_threads)
 
@@ -287,6 +416,7 @@ class Server:
         while self._is_busy() and time.monotonic() < end:
             self._poll(0.05)
         self._dispatcher.shutdown(timeout=1)
+        self._writer.stop(1)
         wasyncore.close_all(self._map)
 
     def stop(self) -> None:

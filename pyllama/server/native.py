@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,23 @@ from bottle import Bottle
 from pyllama.engine import Done, Request, Token
 from pyllama.server.errors import ApiError, dump
 from pyllama.server.fields import Fields
+from pyllama.server.http import Client
 from pyllama.server.options import generation_settings, read_prompts, read_request, read_system_prompt
-from pyllama.server.request import client_is_gone, json_fields, notes
+from pyllama.server.request import client, json_fields, notes
 from pyllama.server.service import Service, SystemPrompt, events
 from pyllama.server.sse import send_events
 from pyllama.tokenizer import Tokenizer
 
-__all__ = ["MAX_INPUTS", "add_routes", "embed", "infill_tokens", "llama_embeddings", "note_usage", "printable", "timings"]
+__all__ = [
+    "MAX_INPUTS",
+    "add_routes",
+    "embed",
+    "infill_tokens",
+    "llama_embeddings",
+    "note_usage",
+    "printable",
+    "timings",
+]
 
 MAX_INPUTS = 2048
 """Texts of one request for embeddings."""
@@ -41,8 +51,8 @@ def add_routes(app: Bottle, service: Service) -> None:
             system,
             fields.boolean("stream", False),
         )
-        chunks = _complete(service, job, client_is_gone(), notes())
-        return send_events(chunks) if job.stream else dump(_join(chunks))
+        chunks = _complete(service, job, client(), notes())
+        return send_events(chunks, client()) if job.stream else dump(_join(chunks))
 
     @app.post("/infill")
     def infill() -> Iterator[bytes]:
@@ -53,7 +63,7 @@ def add_routes(app: Bottle, service: Service) -> None:
         system = read_system_prompt(fields, service)
         prompt = service.after_system_prompt(infill_tokens(service, prefix, suffix), system)
         job = _Job([read_request(fields, service, prompt)], [""], system, stream=True)
-        return send_events(_complete(service, job, client_is_gone(), notes()))
+        return send_events(_complete(service, job, client(), notes()), client())
 
     @app.post("/tokenize")
     def tokenize() -> bytes:
@@ -112,15 +122,16 @@ def infill_tokens(service: Service, prefix: str, suffix: str) -> list[int]:
         raise ApiError(501, str(error)) from None
 
 
-def _complete(
-    service: Service, job: _Job, is_gone: Callable[[], bool], notes: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _complete(service: Service, job: _Job, client: Client, notes: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     """One object for each piece of text, and a last one with everything else. Several prompts are worked on side by side, and
-    each object tells the ``index`` of its own."""
+    each object tells the ``index`` of its own. None: there is nothing yet."""
     n_probs = job.requests[0].sampling.n_probs
     tokenizer = service.model.tokenizer
     with service.submit(job.requests, job.system_prompt) as streams:
-        for index, event in events(streams, is_gone):
+        for index, event in events(streams, client, whole=not job.stream):
+            if event is None:
+                yield None
+                continue
             which = {"index": index} if len(streams) > 1 else {}
             if isinstance(event, Done):
                 note_usage(notes, event)
@@ -219,14 +230,12 @@ def note_usage(notes: dict[str, Any], done: Done) -> None:
 
 def llama_embeddings(fields: Fields, service: Service) -> bytes:
     """The embedding of ``content``, or an array where that is several texts."""
-    done = embed(service, read_prompts(fields, service, "content", most=MAX_INPUTS), client_is_gone(), notes())
+    done = embed(service, read_prompts(fields, service, "content", most=MAX_INPUTS), client(), notes())
     vectors = [{"embedding": item.embedding.tolist()} for item in done]
     return dump(vectors[0] if len(done) == 1 else [{"index": i, **item} for i, item in enumerate(vectors)])
 
 
-def embed(
-    service: Service, prompts: list[tuple[int, ...]], is_gone: Callable[[], bool], notes: dict[str, Any]
-) -> list[Done]:
+def embed(service: Service, prompts: list[tuple[int, ...]], client: Client, notes: dict[str, Any]) -> list[Done]:
     """The last states of some prompts, with EOS in the end where the model wants it there.
 
     Raises:
@@ -242,7 +251,7 @@ def embed(
             raise ApiError(400, f"a text of {len(tokens)} tokens is too long for its embedding; {most} are possible")
         requests.append(Request(prompt=tokens, n_predict=0, embedding=True))
     with service.submit(requests) as streams:
-        done = dict(events(streams, is_gone))
+        done = dict(events(streams, client, whole=True))
     for item in done.values():
         note_usage(notes, item)
     return [done[i] for i in range(len(requests))]

@@ -9,7 +9,7 @@ import base64
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +21,10 @@ from pyllama.engine import Done, Request, Token
 from pyllama.sampling import RANDOM_SEED, Sample
 from pyllama.server.errors import ApiError, dump
 from pyllama.server.fields import Fields
+from pyllama.server.http import Client
 from pyllama.server.native import MAX_INPUTS, embed, infill_tokens, llama_embeddings, note_usage, printable, timings
 from pyllama.server.options import MAX_PROMPTS, read_prompts, read_request, read_system_prompt
-from pyllama.server.request import client_is_gone, json_fields, notes
+from pyllama.server.request import client, json_fields, notes
 from pyllama.server.service import Service, SystemPrompt, events
 from pyllama.server.sse import DONE, send_events
 from pyllama.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def _embeddings(fields: Fields, service: Service) -> bytes:
     if fields.integer("dimensions", width) != width:
         fields.fail("dimensions", f"must be {width}: this model's embeddings cannot be shortened")
     prompts = read_prompts(fields, service, "input", most=MAX_INPUTS)
-    done = embed(service, prompts, client_is_gone(), notes())
+    done = embed(service, prompts, client(), notes())
     data = [
         {"embedding": _unit_vector(item.embedding, form), "index": i, "object": "embedding"}
         for i, item in enumerate(done)
@@ -222,9 +223,9 @@ def _answer(
         "id": f"{choices[0].id_prefix}-{secrets.token_urlsafe(18)}",
         "model": service.defaults.name,
     }
-    answer = _Answer(choices, head, requests, service, system_prompt, client_is_gone(), notes())
+    answer = _Answer(choices, head, requests, service, system_prompt, client(), notes())
     if fields.boolean("stream", False):
-        return send_events(answer.chunks(usage))
+        return send_events(answer.chunks(usage), client())
     return dump(answer.whole())
 
 
@@ -238,7 +239,7 @@ class _Answer:
     """One for each choice."""
     service: Service
     system_prompt: SystemPrompt | None
-    is_gone: Callable[[], bool]
+    client: Client
     notes: dict[str, Any]
 
     def chunks(self, with_usage: bool) -> Iterator[object]:
@@ -255,7 +256,10 @@ class _Answer:
             for index, choice in enumerate(self.choices):
                 if (opening := choice.opening()) is not None:
                     yield chunk(index, opening)
-            for index, event in events(streams, self.is_gone):
+            for index, event in events(streams, self.client):
+                if event is None:
+                    yield None
+                    continue
                 choice = self.choices[index]
                 if isinstance(event, Done):
                     done[index] = event
@@ -272,7 +276,7 @@ class _Answer:
         pieces: list[list[Token]] = [[] for _ in self.requests]
         done: dict[int, Done] = {}
         with self.service.submit(self.requests, self.system_prompt) as streams:
-            for index, event in events(streams, self.is_gone):
+            for index, event in events(streams, self.client, whole=True):
                 if isinstance(event, Done):
                     done[index] = event
                     note_usage(self.notes, event)

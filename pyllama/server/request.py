@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from bottle import request
 
 from pyllama.server.fields import Fields, parse_json
-from pyllama.server.http import NOTES
+from pyllama.server.http import CLIENT, NOTES, Client
 from pyllama.server.service import Service
 
-__all__ = ["client_is_gone", "json_fields", "notes"]
+__all__ = ["client", "json_fields", "notes"]
 
 
 def json_fields(service: Service) -> Fields:
@@ -25,9 +24,9 @@ def json_fields(service: Service) -> Fields:
     return parse_json(request.environ["wsgi.input"].read())
 
 
-def client_is_gone() -> Callable[[], bool]:
-    """Tells whether the client has closed its connection, also when the handler has returned."""
-    return request.environ["waitress.client_disconnected"]
+def client() -> Client:
+    """Whoever waits for the answer. What is told of them stays true when the handler has returned."""
+    return request.environ[CLIENT]
 
 
 def notes() -> dict[str, Any]:

@@ -10,13 +10,14 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from pyllama.chat import CHATML, ChatTemplate, ChatTemplateError
 from pyllama.engine import Done, Engine, EngineClosed, Request, Stream, Token
 from pyllama.models import Model
 from pyllama.server.errors import ApiError
+from pyllama.server.http import Client
 from pyllama.tokenizer import Tokenizer
 
 __all__ = ["LOADING", "Defaults", "Service", "SystemPrompt", "events"]
@@ -116,8 +117,7 @@ class Service:
         with self._lock:
             self._stopping = True
             streams = list(self._streams)
-        for stream in streams:
-            stream.cancel()
+        _cancel(streams)
 
     @property
     def is_ready(self) -> bool:
@@ -182,8 +182,7 @@ class Service:
                     raise ApiError(503, STOPPING)
             yield streams
         finally:
-            for stream in streams:
-                stream.cancel()
+            _cancel(streams)
             with self._lock:
                 self._streams.difference_update(streams)
                 self._n_open -= 1
@@ -232,31 +231,50 @@ def _encode_system_prompt(tokenizer: Tokenizer, system_prompt: SystemPrompt) -> 
     return (*tokenizer.opening, *tokenizer.encode(text)) if text else ()
 
 
-def events(streams: Sequence[Stream], is_gone: Callable[[], bool]) -> Iterator[tuple[int, Token | Done]]:
+def events(
+    streams: Sequence[Stream], client: Client, *, whole: bool = False
+) -> Iterator[tuple[int, Token | Done | None]]:
     """The events of one client's streams as they come, each with its stream's number, up to every one's :class:`Done`.
     When the client is gone the streams are cancelled.
+
+    Args:
+        client: who gets the answer. When they want to hear of news, None stands for an event that is not there yet.
+        whole: begin when all events are there.
 
     Raises:
         ApiError: 500 when generation failed, 503 when the server stops.
     """
+    for stream in streams if whole else ():
+        while not stream.wait(_POLL_SECONDS):
+            if client.is_gone():
+                _cancel(streams)
     running = dict(enumerate(streams))
     speaker = 0
     while running:
-        if is_gone():
-            for stream in running.values():
-                stream.cancel()
+        if client.is_gone():
+            _cancel(running.values())
+        heard = False
         # The one that was heard last is waited for: the others, whose tokens come of the same steps, have spoken by then.
         awaited = speaker if speaker in running else min(running)
         for index in sorted(running, key=lambda index: index != awaited):
+            stream = running[index]
+            stream.listener = client.write_news
             try:
-                event = running[index].get(timeout=_POLL_SECONDS if index == awaited else 0)
+                event = stream.get(timeout=_POLL_SECONDS if index == awaited and client.write_news is None else 0)
             except queue.Empty:
                 continue
-            speaker = index
+            speaker, heard = index, True
             if isinstance(event, Done):
                 _check(event)
                 del running[index]
             yield index, event
+        if not heard and client.write_news is not None:
+            yield awaited, None
+
+
+def _cancel(streams: Iterable[Stream]) -> None:
+    for stream in streams:
+        stream.cancel()
 
 
 def _check(done: Done) -> None:
