@@ -169,7 +169,7 @@ class Direct:
         s = parse(list(flags), {})
         self.model = models.load(
             s.model, n_ctx=s.ctx_size, n_threads=s.threads, n_threads_batch=s.threads_batch, n_batch=s.batch_size,
-            max_sequences=s.parallel, kv_type="f32" if s.memory_f32 else "f16",
+            max_sequences=s.parallel, kv_type=s.kv_type,
         )  # fmt: skip
         self.engine = Engine(self.model, s.parallel, continuous=s.cont_batching)
 

@@ -287,7 +287,7 @@ def bench(
     n_sequences: int = 1,
     repetitions: int = 5,
     n_batch: int = 512,
-    kv_type: str = "f16",
+    kv_type: str | tuple[str, str] = "f16",
 ) -> Report:
     """Measures a model's file.
 
@@ -298,6 +298,7 @@ def bench(
         depth: tokens that are there before, in every sequence.
         n_sequences: sequences that generate at once.
         repetitions: of each workload, after one that is not counted.
+        kv_type: as for :func:`pyllama.models.load`.
 
     Raises:
         ValueError: a number is out of range.
@@ -350,9 +351,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequences", type=int, default=1, metavar="N", help="sequences that generate at once (%(default)s)"
     )
     parser.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="tokens in a step (%(default)s)")
-    parser.add_argument("--memory-f32", action="store_true", help="keys and values in 32 bits")
+    add_kv_types(parser)
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_kv_types(parser: argparse.ArgumentParser) -> None:
+    """The options that say what keys and values are kept as, for any command that runs a model."""
+    parser.add_argument("--memory-f32", action="store_true", help="keys and values in 32 bits")
+    for short, name, what in (("-ctk", "--cache-type-k", "keys"), ("-ctv", "--cache-type-v", "values")):
+        text = f"what {what} are kept as: {', '.join(models.KV_TYPES)} (default: f16)"
+        parser.add_argument(short, name, choices=models.KV_TYPES, metavar="TYPE", help=text)
+
+
+def kv_type_of(args: argparse.Namespace) -> tuple[str, str]:
+    """What the options of :func:`add_kv_types` say."""
+    default = "f32" if args.memory_f32 else "f16"
+    return args.cache_type_k or default, args.cache_type_v or default
 
 
 def run(args: argparse.Namespace) -> int:
@@ -371,7 +386,7 @@ def run(args: argparse.Namespace) -> int:
         n_sequences=args.sequences,
         repetitions=args.repetitions,
         n_batch=args.batch_size,
-        kv_type="f32" if args.memory_f32 else "f16",
+        kv_type=kv_type_of(args),
     )
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else report)
     return 0

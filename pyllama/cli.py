@@ -93,9 +93,12 @@ def _add_path(p: argparse.ArgumentParser) -> None:
 
 
 def _add_model(p: argparse.ArgumentParser, n_ctx: int = 512) -> None:
+    from pyllama.bench import add_kv_types
+
     _add_path(p)
     p.add_argument("-c", "--ctx-size", type=int, default=n_ctx, metavar="N", help="tokens of context (%(default)s)")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: one per core)")
+    add_kv_types(p)
 
 
 def _add_sampling(p: argparse.ArgumentParser, n_predict: int) -> None:
@@ -120,9 +123,13 @@ def _path(args: argparse.Namespace) -> Path:
 
 
 def _llama(args: argparse.Namespace) -> Llama:
+    from pyllama.bench import kv_type_of
     from pyllama.llama import Llama
 
-    return Llama(_path(args), n_ctx=args.ctx_size, n_threads=args.threads, n_parallel=1)
+    type_k, type_v = kv_type_of(args)
+    return Llama(
+        _path(args), n_ctx=args.ctx_size, n_threads=args.threads, n_parallel=1, type_k=type_k, type_v=type_v
+    )
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -263,11 +270,12 @@ def _shown(value: Any) -> Any:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
+    from pyllama.bench import kv_type_of
     from pyllama.models import load
     from pyllama.perplexity import perplexity
 
     text = args.file.read_text(encoding="utf-8", errors="replace")
-    model = load(_path(args), n_ctx=args.ctx_size, n_threads=args.threads, max_sequences=1)
+    model = load(_path(args), n_ctx=args.ctx_size, n_threads=args.threads, max_sequences=1, kv_type=kv_type_of(args))
     estimate = None
     for estimate in perplexity(model, text, args.ctx_size):
         print(f"[{estimate.n_windows}] {estimate.value:.4f}", end="  ", flush=True, file=sys.stderr)

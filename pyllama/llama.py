@@ -17,6 +17,7 @@ from typing import Any
 
 from pyllama import pull
 from pyllama.chat import ChatTemplate
+from pyllama.core import lib
 from pyllama.engine import Done, Engine, Request, Stream, Token
 from pyllama.grammar import Grammar
 from pyllama.json_schema import JSON_OBJECT, to_gbnf
@@ -61,7 +62,8 @@ class Llama:
         seed: of the calls that name none; -1: a new one each time.
         use_mmap: map the file instead of reading it.
         use_mlock: keep the weights in memory.
-        kv_type: ``f16`` or ``f32``, what keys and values are kept as.
+        type_k: what keys are kept as: ``f32``, ``f16``, ``q8_0`` or ``q4_0``, or GGUF's number of one of these types; None: f16.
+        type_v: the same for values.
         rope_scaling_type: ``none``, ``linear`` or ``yarn`` (or their numbers, 0 to 2): how rotary positions are stretched; -1:
             as the file says.
         rope_freq_base, rope_freq_scale: of rotary positions; 0: as the file says.
@@ -76,6 +78,7 @@ class Llama:
         GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
         PullError: the default model cannot be fetched.
         OSError: the file cannot be read.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -90,7 +93,8 @@ class Llama:
         seed: int = -1,
         use_mmap: bool = True,
         use_mlock: bool = False,
-        kv_type: str = "f16",
+        type_k: str | int | None = None,
+        type_v: str | int | None = None,
         rope_scaling_type: int | str = -1,
         rope_freq_base: float = 0.0,
         rope_freq_scale: float = 0.0,
@@ -112,7 +116,7 @@ class Llama:
             n_threads=n_threads,
             n_threads_batch=n_threads_batch,
             max_sequences=n_parallel,
-            kv_type=kv_type,
+            kv_type=(_kv_type(type_k), _kv_type(type_v)),
             mmap=use_mmap,
             mlock=use_mlock,
             rope=RopeOptions(
@@ -623,6 +627,12 @@ def _scaling_name(kind: int | str) -> str | None:
     if not -1 <= kind <= 2:
         raise ValueError(f"rope_scaling_type is {kind}; -1 to 2 is possible")
     return (None, "none", "linear", "yarn")[kind + 1]
+
+
+def _kv_type(kind: str | int | None) -> str:
+    """A name for :func:`load`; one that it does not know is left to it."""
+    numbers = {lib.PL_F32: "f32", lib.PL_F16: "f16", lib.PL_Q8_0: "q8_0", lib.PL_Q4_0: "q4_0"}
+    return "f16" if kind is None else kind if isinstance(kind, str) else numbers.get(kind, str(kind))
 
 
 def _or_minus_one(token: int | None) -> int:

@@ -81,7 +81,7 @@ def test_report(llama):
 
 def test_command(llama, capsys, monkeypatch):
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench.py"
-    options = f"-m {llama} -t 2 -p 9 -n 2 -r 1 --memory-f32".split()
+    options = f"-m {llama} -t 2 -p 9 -n 2 -r 1 --memory-f32 -ctv f16".split()
     monkeypatch.setattr(sys, "argv", [str(script), *options, "--json"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(script), run_name="__main__")

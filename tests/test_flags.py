@@ -54,6 +54,16 @@ def test_rotary_positions():
     assert settings("--yarn-ext-factor 0").yarn_ext_factor == 0
 
 
+def test_types_of_keys_and_values(capsys):
+    assert settings().kv_type == ("f16", "f16")
+    assert settings("--memory-f32").kv_type == ("f32", "f32")
+    assert settings("-ctk q8_0 -ctv q4_0").kv_type == ("q8_0", "q4_0")
+    assert settings("--memory-f32 --cache-type-v q8_0", LLAMA_ARG_CACHE_TYPE_K="f16").kv_type == ("f16", "q8_0")
+    with pytest.raises(SystemExit):
+        settings("-ctk q3_7")
+    assert "'q3_7'" in capsys.readouterr().err
+
+
 def test_keys(tmp_path):
     assert settings("--api-key a,b,").api_key == ("a", "b")
     (tmp_path / "keys").write_text("one\n\n two \n")
@@ -88,7 +98,8 @@ def test_every_flag_has_its_variable_and_its_field(flag, tmp_path):
     text = {bool: "true", str: "x"}.get(flag.type, "5")
     if flag.field == "path":
         text = str(tmp_path)
-    special = {"log_format": "json", "numa": "distribute", "rope_scaling": "yarn"}
+    special = {"log_format": "json", "numa": "distribute", "rope_scaling": "yarn", "cache_type_k": "q8_0"}
+    special["cache_type_v"] = special["cache_type_k"]
     text = special.get(flag.field, text)
     if flag.field == "api_key_file":
         (tmp_path / "keys").write_text("key")

@@ -333,6 +333,20 @@ def test_threads_share_one_object(llm: Llama) -> None:
     assert [together[i] for i in range(len(prompts))] == alone
 
 
+def test_types_of_keys_and_values(tmp_path: Path) -> None:
+    """By name or by GGUF's number."""
+    path = tmp_path / "wide.gguf"
+    make_llama(path, n_head=2, n_head_kv=1)
+    options = {"n_ctx": 64, "n_threads": 1, "n_parallel": 1}
+    texts = []
+    for types in ({}, {"type_k": 1, "type_v": 1}, {"type_k": 8, "type_v": "q4_0"}, {"type_k": "q8_0", "type_v": 2}):
+        with Llama(path, **options, **types) as model:
+            texts.append(model.create_completion(PROMPT, max_tokens=1, temperature=0, logprobs=5)["choices"][0]["logprobs"])
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    with pytest.raises(ValueError, match="keys or values as '12'"):
+        Llama(path, type_k=12)
+
+
 def test_closing(llm: Llama) -> None:
     other = Llama(llm.model_path, n_ctx=20_000, n_threads=1, n_parallel=1, embedding=True, n_batch=16)
     stream = other(PROMPT, max_tokens=None, stream=True, logit_bias={0: -100.0, 2: -100.0})

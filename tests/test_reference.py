@@ -253,6 +253,22 @@ def _(serve, _folder):
     changes(serve, "--memory-f32")
 
 
+def changes_with_type(folder: Path, flag: str) -> None:
+    make_llama(folder / "wide.gguf", n_head=2, n_head_kv=1)  # heads of 32, which can be quantized
+    for kind in ("f32", "q8_0", "q4_0"):
+        changes(functools.partial(ServerThread, "-m", folder / "wide.gguf"), flag, kind)
+
+
+@shows("-ctk", "--cache-type-k")
+def _(_serve, folder):
+    changes_with_type(folder, "-ctk")
+
+
+@shows("-ctv", "--cache-type-v")
+def _(_serve, folder):
+    changes_with_type(folder, "--cache-type-v")
+
+
 @shows("--mlock")
 def _(serve, _folder):
     def locked() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyllama import __version__
+from pyllama.models import KV_TYPES
 
 __all__ = ["FLAGS", "Flag", "Settings", "parse"]
 
@@ -30,6 +31,9 @@ class Settings:
     n_predict: int
     """For requests that do not say; -1: without end."""
     memory_f32: bool
+    cache_type_k: str | None
+    """This and the next one: None for what ``memory_f32`` says."""
+    cache_type_v: str | None
     mlock: bool
     no_mmap: bool
     numa: str | None
@@ -64,6 +68,12 @@ class Settings:
     lora: Path | None
     lora_base: Path | None
     mmproj: Path | None
+
+    @property
+    def kv_type(self) -> tuple[str, str]:
+        """What keys and values are kept as."""
+        default = "f32" if self.memory_f32 else "f16"
+        return self.cache_type_k or default, self.cache_type_v or default
 
     @property
     def without_effect(self) -> list[str]:
@@ -204,6 +214,22 @@ FLAGS = (
     Flag(("-b", "--batch-size"), "LLAMA_ARG_BATCH", "most tokens evaluated at once", 512, _integer(1)),
     Flag(("-n", "--n-predict"), "LLAMA_ARG_N_PREDICT", "tokens to predict; -1: without end", -1, _integer(-1)),
     Flag(("--memory-f32",), "LLAMA_ARG_MEMORY_F32", "keys and values in 32 bits instead of 16", False, bool),
+    Flag(
+        ("-ctk", "--cache-type-k"),
+        "LLAMA_ARG_CACHE_TYPE_K",
+        f"type that keys are kept as: {', '.join(KV_TYPES)} (default: f16)",
+        None,
+        _choice(*KV_TYPES),
+        "TYPE",
+    ),
+    Flag(
+        ("-ctv", "--cache-type-v"),
+        "LLAMA_ARG_CACHE_TYPE_V",
+        f"type that values are kept as: {', '.join(KV_TYPES)} (default: f16)",
+        None,
+        _choice(*KV_TYPES),
+        "TYPE",
+    ),
     Flag(("--mlock",), "LLAMA_ARG_MLOCK", "keep the model from being swapped out", False, bool),
     Flag(("--no-mmap",), "LLAMA_ARG_NO_MMAP", "read the model instead of mapping it", False, bool),
     Flag(

@@ -100,7 +100,7 @@ class Program:
                 n_threads_batch=s.threads_batch,
                 n_batch=s.batch_size,
                 max_sequences=s.parallel,
-                kv_type="f32" if s.memory_f32 else "f16",
+                kv_type=s.kv_type,
                 mmap=not s.no_mmap,
                 mlock=s.mlock,
                 rope=_rope_options(s),
