@@ -16,6 +16,7 @@ const MAX_MEETINGS = 200_000
 const MAX_STRING = 50_000
 const MAX_PATTERNS = 6
 const MAX_COUNT = 50_000
+const MAX_COMBINATIONS = 4_000
 const MAX_DIGITS = 16
 const LARGEST = 10n ** 40n
 const EXACT_DIGITS = 15
@@ -765,20 +766,21 @@ const formats = () => {
   ].join('|')
   const label = '[A-Za-z0-9](?:[A-Za-z0-9-]{0,38}[A-Za-z0-9])?'
   const host = r`(?:${label}\.){0,5}[A-Za-z](?:[A-Za-z0-9-]{0,38}[A-Za-z0-9])?`
+  const names = r`(?:[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*\.)*[A-Za-z][A-Za-z0-9]*(?:-+[A-Za-z0-9]+)*`
   const atext = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
   const unreserved = "A-Za-z0-9._~!$&'()*+,;=@-"
   const hexByte = '%[0-9A-Fa-f]{2}'
   const segments = `(?:/(?:[:${unreserved}]|${hexByte})*)*`
   const query = r`(?:\?(?:[:/?${unreserved}]|${hexByte})*)?(?:#(?:[:/?${unreserved}]|${hexByte})*)?`
   const uri =
-    `[A-Za-z][A-Za-z0-9+.-]{0,31}:(?://${host}(?::[0-9]{1,5})?${segments}` +
+    `[A-Za-z][A-Za-z0-9+.-]{0,31}:(?://${names}(?::[0-9]{1,5})?${segments}` +
     `|(?:[:${unreserved}]|${hexByte})+${segments})${query}`
   const relative = `(?:(?:[${unreserved}]|${hexByte})+${segments}|/(?:(?:[:${unreserved}]|${hexByte})+${segments})?)?`
   const uriReference = `${uri}|${relative}${query}`
   const pointer = '(?:/(?:[^/~]|~[01])*)*'
   const timed = r`T(?:\d{1,9}H(?:\d{1,9}M(?:\d{1,9}S)?)?|\d{1,9}M(?:\d{1,9}S)?|\d{1,9}S)`
   const days = r`(?:\d{1,9}D|\d{1,9}M(?:\d{1,9}D)?|\d{1,9}Y(?:\d{1,9}M(?:\d{1,9}D)?)?)`
-  const email = r`${atext}+(?:\.${atext}+)*@${host}`
+  const email = r`${atext}+(?:\.${atext}+)*@${names}`
   return new Map(
     Object.entries({
       date,
@@ -910,6 +912,7 @@ class Automaton {
     this.moves[before].push([ALL, before])
     this.moves[this.final].push([ALL, this.final])
     this.add(pattern, before, this.final)
+    this.useful = this.findUseful()
     this.start = this.closure([2 * before], true)
   }
 
@@ -969,6 +972,20 @@ class Automaton {
     this.jumps[entry].push([NO_CONDITION, exit])
   }
 
+  /** States from which the pattern can still be found, the string's start being past. */
+  findUseful() {
+    const sources = this.moves.map(() => [])
+    this.moves.forEach((moves, state) => moves.forEach(([, target]) => sources[target].push(state)))
+    this.jumps.forEach((jumps, state) =>
+      jumps.filter(([condition]) => condition !== AT_START).forEach(([, target]) => sources[target].push(state)),
+    )
+    const found = new Set([this.final])
+    for (const state of found) {
+      sources[state].forEach((source) => found.add(source))
+    }
+    return found
+  }
+
   closure(states, atStart = false) {
     const found = new Set(states)
     const todo = [...states]
@@ -982,7 +999,11 @@ class Automaton {
         }
       }
     }
-    return found.has(2 * this.final) ? [2 * this.final] : [...found].sort((a, b) => a - b)
+    if (found.has(2 * this.final)) {
+      return [2 * this.final]
+    }
+    const canGoOn = (s) => (s & 1 ? s >> 1 === this.final : this.useful.has(s >> 1))
+    return [...found].filter(canGoOn).sort((a, b) => a - b)
   }
 
   step(states, code) {
@@ -1902,7 +1923,7 @@ class Converter {
   /** False if nothing satisfies a term for sure. `active`: what is being asked already. */
   isPossible(term, active) {
     if (term.values !== null) {
-      return term.values.some((value) => this.satisfies(value, term, true))
+      return term.values.some((value) => this.fits(value, term, true))
     }
     const types = term.types ?? unique(Object.values(TYPES).flat())
     const may = {
@@ -1987,11 +2008,13 @@ class Converter {
   }
 
   satisfies(value, term, perhaps = false) {
+    return (term.values === null || term.values.some((v) => keyOf(v) === keyOf(value))) && this.fits(value, term, perhaps)
+  }
+
+  /** The same of one of the term's own values. */
+  fits(value, term, perhaps = false) {
     const kind = typeOf(value)
-    if (
-      (term.types !== null && !term.types.includes(kind)) ||
-      (term.values !== null && !term.values.some((v) => keyOf(v) === keyOf(value)))
-    ) {
+    if (term.types !== null && !term.types.includes(kind)) {
       return false
     }
     const counts = (n, low, high) => n >= low && (high === null || n <= high)
@@ -2053,7 +2076,7 @@ class Converter {
 
   termExpression(term, hint) {
     if (term.values !== null) {
-      return choice(...term.values.filter((value) => this.satisfies(value, term)).map((value) => text(json(value))))
+      return choice(...term.values.filter((value) => this.fits(value, term)).map((value) => text(json(value))))
     }
     const types = term.types ?? term.speaksOf()
     if (!types.length) {
@@ -2137,7 +2160,7 @@ class Converter {
     if (term.prefixLength() > 0 || terms.some((t) => t.values === null)) {
       fail(term.unique, "'uniqueItems' can be expressed for enumerated values only")
     }
-    const values = new Map(terms.flatMap((t) => t.values.filter((v) => this.satisfies(v, t))).map((v) => [keyOf(v), v]))
+    const values = new Map(terms.flatMap((t) => t.values.filter((v) => this.fits(v, t))).map((v) => [keyOf(v), v]))
     const members = [...values.values()].map((value) => [text(json(value)), false])
     return sequence(Text('['), this.chain(members, NEVER, low, high, hint, term.where), Text(']'))
   }
@@ -2148,7 +2171,7 @@ class Converter {
     const isOpen = term.isOpen || !term.namesMembers || low > names.size
     const nameTerms = this.terms(this.conjunction(term.names))
     for (const t of nameTerms) {
-      ;(t.values ?? []).filter((v) => typeof v === 'string' && this.satisfies(v, t)).forEach((v) => names.add(v))
+      ;(t.values ?? []).filter((v) => typeof v === 'string' && this.fits(v, t)).forEach((v) => names.add(v))
     }
     const members = []
     for (const name of names) {
@@ -2222,7 +2245,7 @@ class Converter {
         : fail(where, `so many members, at least ${low}, can be expressed only if enough are named`)
     }
     const enough = high === null ? Math.max(low, 1) : high
-    if ((enough + 1) * members.length > MAX_COUNT) {
+    if (enough > 1 && enough * members.length > MAX_COMBINATIONS) {
       fail(where, 'so many combinations of members cannot be expressed')
     }
     let after = []
@@ -2248,7 +2271,8 @@ class Converter {
           continue
         }
         const taken = sequence(memberHere, following)
-        before.push(required ? taken : choice(taken, after[n]))
+        const otherwise = i % 64 === 0 && i > 0 ? this.rules.share(`${hint}-rest`, after[n]) : after[n]
+        before.push(required ? taken : choice(taken, otherwise))
       }
       after = before
     }

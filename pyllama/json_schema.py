@@ -63,6 +63,8 @@ MAX_PATTERNS = 6
 """Of property names in one object: each may or may not be found in a name."""
 MAX_COUNT = 50_000
 """Of characters, elements or members. Higher upper bounds are lowered to this."""
+MAX_COMBINATIONS = 4_000
+"""Of members that have come and how many there were."""
 MAX_DIGITS = 16
 """Of numbers that the schema does not bound, and of their fractions."""
 LARGEST = 10**40
@@ -720,7 +722,7 @@ class _Converter:
     def is_possible(self, term: _Term, active: set[tuple[str, ...]]) -> bool:
         """False if nothing satisfies a term for sure. `active`: what is being asked already."""
         if term.values is not None:
-            return any(self.satisfies(value, term, perhaps=True) for value in term.values)
+            return any(self.fits(value, term, perhaps=True) for value in term.values)
         types = term.types if term.types is not None else frozenset().union(*_TYPES.values())
         return bool(types) and (
             bool(types & {"null", "boolean"})
@@ -782,10 +784,14 @@ class _Converter:
         return any(self.satisfies(value, term, perhaps) for term in self.terms(self.conjunction(nodes)))
 
     def satisfies(self, value: Any, term: _Term, perhaps: bool = False) -> bool:
+        if term.values is not None and _key(value) not in map(_key, term.values):
+            return False
+        return self.fits(value, term, perhaps)
+
+    def fits(self, value: Any, term: _Term, perhaps: bool = False) -> bool:
+        """The same of one of the term's own values."""
         kind = _type_of(value)
-        if (term.types is not None and kind not in term.types) or (
-            term.values is not None and _key(value) not in set(map(_key, term.values))
-        ):
+        if term.types is not None and kind not in term.types:
             return False
         if kind in ("integer", "fraction"):
             return _is_between(_bound(value, False), term.low, term.high)
@@ -832,7 +838,7 @@ class _Converter:
 
     def term_expression(self, term: _Term, hint: str) -> Expression:
         if term.values is not None:
-            return choice(*(text(_json(value)) for value in term.values if self.satisfies(value, term)))
+            return choice(*(text(_json(value)) for value in term.values if self.fits(value, term)))
         types = term.types
         if types is None:
             types = term.speaks_of()
@@ -899,7 +905,7 @@ class _Converter:
         terms = self.terms(self.conjunction(term.element(0)))
         if term.n_prefix() > 0 or any(t.values is None for t in terms):
             _fail(str(term.unique), "'uniqueItems' can be expressed for enumerated values only")
-        values = {_key(v): v for t in terms for v in t.values or () if self.satisfies(v, t)}
+        values = {_key(v): v for t in terms for v in t.values or () if self.fits(v, t)}
         members = [(text(_json(value)), False) for value in values.values()]
         return sequence(Text("["), self.chain(members, NEVER, low, high, hint, term.where), Text("]"))
 
@@ -910,7 +916,7 @@ class _Converter:
         is_open = term.is_open or not term.names_members or low > len(names)
         name_terms = self.terms(self.conjunction(term.names))
         for t in name_terms:
-            names.update(dict.fromkeys(v for v in t.values or () if isinstance(v, str) and self.satisfies(v, t)))
+            names.update(dict.fromkeys(v for v in t.values or () if isinstance(v, str) and self.fits(v, t)))
         members = []
         for name in names:
             key = text(_json(name) + ":")
@@ -977,7 +983,7 @@ class _Converter:
                 return NEVER
             _fail(where, f"so many members, at least {low}, can be expressed only if enough are named")
         enough = max(low, 1) if high is None else high
-        if (enough + 1) * len(members) > MAX_COUNT:
+        if enough > 1 and enough * len(members) > MAX_COMBINATIONS:
             _fail(where, "so many combinations of members cannot be expressed")
         after = []
         for n in range(enough + 1):
@@ -999,7 +1005,8 @@ class _Converter:
                     before.append(sequence(optional(member_here), following))
                     continue
                 taken = sequence(member_here, following)
-                before.append(taken if required else choice(taken, after[n]))
+                otherwise = self.rules.share(hint + "-rest", after[n]) if i % 64 == 0 and i > 0 else after[n]
+                before.append(taken if required else choice(taken, otherwise))
             after = before
         return after[0]
 

@@ -319,13 +319,14 @@ _IPV6 = "|".join(
 )
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,38}[A-Za-z0-9])?"
 _HOST = rf"(?:{_LABEL}\.){{0,5}}[A-Za-z](?:[A-Za-z0-9-]{{0,38}}[A-Za-z0-9])?"
+_NAMES = "(?:[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*\\.)*[A-Za-z][A-Za-z0-9]*(?:-+[A-Za-z0-9]+)*"
 _ATEXT = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
 _UNRESERVED = r"A-Za-z0-9._~!$&'()*+,;=@-"
 _HEX_BYTE = "%[0-9A-Fa-f]{2}"
 _SEGMENTS = f"(?:/(?:[:{_UNRESERVED}]|{_HEX_BYTE})*)*"
 _QUERY = rf"(?:\?(?:[:/?{_UNRESERVED}]|{_HEX_BYTE})*)?(?:#(?:[:/?{_UNRESERVED}]|{_HEX_BYTE})*)?"
 _URI = (
-    f"[A-Za-z][A-Za-z0-9+.-]{{0,31}}:(?://{_HOST}(?::[0-9]{{1,5}})?{_SEGMENTS}"
+    f"[A-Za-z][A-Za-z0-9+.-]{{0,31}}:(?://{_NAMES}(?::[0-9]{{1,5}})?{_SEGMENTS}"
     f"|(?:[:{_UNRESERVED}]|{_HEX_BYTE})+{_SEGMENTS}){_QUERY}"
 )
 _RELATIVE = (
@@ -334,7 +335,7 @@ _RELATIVE = (
 _POINTER = "(?:/(?:[^/~]|~[01])*)*"
 _TIMED = r"T(?:\d{1,9}H(?:\d{1,9}M(?:\d{1,9}S)?)?|\d{1,9}M(?:\d{1,9}S)?|\d{1,9}S)"
 _DAYS = r"(?:\d{1,9}D|\d{1,9}M(?:\d{1,9}D)?|\d{1,9}Y(?:\d{1,9}M(?:\d{1,9}D)?)?)"
-_EMAIL = rf"{_ATEXT}+(?:\.{_ATEXT}+)*@{_HOST}"
+_EMAIL = rf"{_ATEXT}+(?:\.{_ATEXT}+)*@{_NAMES}"
 
 FORMATS = {
     "date": _DATE,
@@ -472,9 +473,9 @@ class _Automaton:
         self.moves[before].append((ALL, before))
         self.moves[self.final].append((ALL, self.final))
         self.add(pattern, before, self.final)
+        self.useful = self._useful()
+        """States from which the pattern can still be found, the string's start being past."""
         self.start = self.closure([2 * before], at_start=True)
-        self.found = (2 * self.final,)
-        """The pattern has been found, whatever follows."""
 
     def state(self) -> int:
         if len(self.moves) >= MAX_STATES:
@@ -519,6 +520,18 @@ class _Automaton:
             entry = following
         self.jumps[entry].append((NO_CONDITION, exit))
 
+    def _useful(self) -> set[int]:
+        sources: list[list[int]] = [[] for _ in self.moves]
+        for state, (moves, jumps) in enumerate(zip(self.moves, self.jumps)):
+            for target in [t for _, t in moves] + [t for condition, t in jumps if condition != AT_START]:
+                sources[target].append(state)
+        found, todo = {self.final}, [self.final]
+        while todo:
+            new = [state for state in sources[todo.pop()] if state not in found]
+            found.update(new)
+            todo += new
+        return found
+
     def closure(self, states: list[int], at_start: bool = False) -> tuple[int, ...]:
         found, todo = set(states), list(states)
         while todo:
@@ -530,7 +543,11 @@ class _Automaton:
                 if reached not in found:
                     found.add(reached)
                     todo.append(reached)
-        return (2 * self.final,) if 2 * self.final in found else tuple(sorted(found))
+        if 2 * self.final in found:  # it has been found, whatever follows
+            return (2 * self.final,)
+        return tuple(
+            sorted(s for s in found if (s >> 1 == self.final if s & 1 else s >> 1 in self.useful))
+        )
 
     def step(self, states: tuple[int, ...], code: int) -> tuple[int, ...]:
         """The states after a character."""
