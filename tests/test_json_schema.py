@@ -95,6 +95,50 @@ def test_a_tiny_model_says_what_random_schemas_validate(llm):
     assert sum(text is not None for text in texts) > 0.8 * len(texts)
 
 
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]+( [A-Z][a-z]+)?$", "maxLength": 30},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "born": {"type": "string", "format": "date"},
+        "mail": {"type": "string", "format": "email", "maxLength": 40},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 1, "maxItems": 3},
+        "height": {"type": "number", "exclusiveMinimum": 0.3, "maximum": 2.5},
+        "role": {"enum": ["admin", "user", None]},
+    },
+    "required": ["name", "age", "born", "tags", "role"],
+    "additionalProperties": False,
+}
+SHAPE = {
+    "oneOf": [
+        {"type": "object", "properties": {"kind": {"const": kind}, **sizes}, "required": ["kind", *sizes]}
+        for kind, sizes in (("circle", {"radius": {"type": "number", "minimum": 0, "maximum": 99}}),
+                            ("box", {"w": {"type": "integer"}, "h": {"type": "integer"}}))
+    ]
+}  # fmt: skip
+TREE = {
+    "$defs": {"tree": {"type": "object", "properties": {
+        "v": {"type": "integer", "minimum": 1, "maximum": 9},
+        "children": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2}},
+        "required": ["v", "children"], "additionalProperties": False}},
+    "$ref": "#/$defs/tree",
+}  # fmt: skip
+
+
+def test_a_real_model_says_what_schemas_validate(smollm2_path):
+    with Llama(smollm2_path, n_ctx=2048, n_parallel=2) as llm, ThreadPoolExecutor(2) as pool:
+
+        def answer(case):
+            schema, seed = case
+            text = generated(llm, schema, seed, max_tokens=120, temperature=0.8)
+            if text is not None:
+                Draft202012Validator(schema, format_checker=FORMAT_CHECKER).validate(json.loads(text))
+            return text
+
+        texts = list(pool.map(answer, [(schema, seed) for schema in (PERSON, SHAPE, TREE) for seed in range(2)]))
+    assert sum(text is not None for text in texts) >= 4
+
+
 # ---- single schemas ------------------------------------------------------------------------------
 # (schema, what matches, what does not). Of the latter, what is valid JSON all the same is not meant to validate, unless it
 # stands behind a None: grammars may permit less than schemas.
