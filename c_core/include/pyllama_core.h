@@ -379,7 +379,7 @@ int64_t pl_split(const pl_splitter *splitter, const uint8_t *text, int64_t n_byt
                  pl_error *err);
 
 /* The words that byte-level models cut a text into; pyllama/tokenizer/bpe.py gives the regular expressions. */
-enum pl_words { PL_WORDS_GPT2 = 0, PL_WORDS_SMOLLM = 1, PL_WORDS_LLAMA3 = 2, PL_WORDS_QWEN2 = 3 };
+enum pl_words { PL_WORDS_GPT2 = 0, PL_WORDS_SMOLLM = 1, PL_WORDS_LLAMA3 = 2, PL_WORDS_QWEN2 = 3, PL_WORDS_DEFAULT = 4 };
 
 /* Cuts the pieces of a text further, those that are no tokens, into words of a kind (enum pl_words). Returns the number of
  * pieces there are now; there must be room for `n_bytes` of them. */

@@ -1,4 +1,4 @@
-"""Writes ``c_core/src/unicode_classes.h``: which characters are letters, numbers and white space.
+"""Writes ``c_core/src/unicode_classes.h``: which characters are letters, numbers, white space and punctuation.
 
     python c_core/tools/unicode_classes.py > c_core/src/unicode_classes.h
 
@@ -11,7 +11,7 @@ from itertools import groupby
 
 import regex
 
-CLASSES = (("LETTER", r"\p{L}", 1), ("NUMBER", r"\p{N}", 2), ("SPACE", r"\s", 4))
+CLASSES = (("LETTER", r"\p{L}", 1), ("NUMBER", r"\p{N}", 2), ("SPACE", r"\s", 4), ("PUNCTUATION", r"[\p{P}$+<=>^~|]", 8))
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
     print("#include <stdint.h>\n")
     for name, pattern, bit in CLASSES:
         print(f"#define {name} {bit} /* {pattern} */")
-    print("\n/* Where the class changes: the first code point << 3 | its class, which holds up to the next entry. */")
+    print("\n/* Where the class changes: the first code point << 4 | its class, which holds up to the next entry. */")
     print("static const uint32_t CLASS_CHANGES[] = {")
-    changes = [ord(next(group)) << 3 | key for key, group in groupby(characters, class_of.__getitem__)]
+    changes = [ord(next(group)) << 4 | key for key, group in groupby(characters, class_of.__getitem__)]
     for i in range(0, len(changes), 12):
         print("    " + " ".join(f"{change:#x}," for change in changes[i : i + 12]))
     print("};")

@@ -6,9 +6,7 @@ merged in the order of the list of merges.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -28,29 +26,15 @@ class PreTokenizer:
     Attributes:
         patterns: regular expressions that are applied one after the other, each to the words that the one before it left.
             The matches of each cover the whole text.
-        core_words: the core's function that does the same faster (a ``PL_WORDS_`` number), or None.
+        core_words: the core's function that does the same (a ``PL_WORDS_`` number).
         whole_first: a word that is a token is taken at once, without regard to the merges.
         add_bos: a prompt begins with the begin of sequence, unless the metadata say otherwise.
     """
 
     patterns: tuple[str, ...]
-    core_words: int | None = None
+    core_words: int
     whole_first: bool = False
     add_bos: bool = False
-
-    def splitter(self) -> Callable[[str], list[str]]:
-        """A function that cuts a text into words, which joined are the text again."""
-        import regex  # takes a while, and few files need it
-
-        first, *others = [regex.compile(pattern) for pattern in self.patterns]
-
-        def split(text: str) -> list[str]:
-            words = first.findall(text)
-            for pattern in others:
-                words = list(chain.from_iterable(map(pattern.findall, words)))
-            return words
-
-        return split
 
 
 GPT2_WORD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -74,7 +58,8 @@ DEFAULT = PreTokenizer(
         GPT2_WORD,
         r"\p{N}+|\P{N}+",
         r"[0-9]{3}|(?:(?![0-9]{3})(?s:.))+",
-    )
+    ),
+    lib.PL_WORDS_DEFAULT,
 )
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
@@ -107,8 +92,6 @@ class ByteLevelBPE(Tokenizer):
             return create(lib.pl_bpe_new_ranked, lib.pl_bpe_free, self._vocab, *merges, self._pre_tokenizer.whole_first)
 
     def _pre_tokenize(self, data: bytes, sizes: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self._pre_tokenizer.core_words is None:
-            return self._pre_tokenize_by_patterns(data, sizes, tokens)
         word_sizes, word_tokens = np.empty(len(data), np.int32), np.empty(len(data), np.int32)
         n = call(
             lib.pl_cut_words,
@@ -122,21 +105,3 @@ class ByteLevelBPE(Tokenizer):
             pointer(word_tokens),
         )
         return word_sizes[:n], word_tokens[:n]
-
-    def _pre_tokenize_by_patterns(
-        self, data: bytes, sizes: np.ndarray, tokens: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        split = self._pre_tokenizer.splitter()
-        word_sizes: list[int] = []
-        word_tokens: list[int] = []
-        begin = 0
-        for size, token in zip(sizes.tolist(), tokens.tolist(), strict=True):
-            if token >= 0:
-                word_sizes.append(size)
-                word_tokens.append(token)
-            else:
-                words = split(data[begin : begin + size].decode())
-                word_sizes += map(len, map(str.encode, words))
-                word_tokens += [-1] * len(words)
-            begin += size
-        return np.array(word_sizes, np.int32), np.array(word_tokens, np.int32)
