@@ -615,7 +615,7 @@ typedef struct candidate {
 typedef struct encoder {
     const pl_bpe *bpe;
     symbol *symbols;
-    candidate *heap; /* a binary heap, the lowest order at the top */
+    candidate *heap; /* the lowest order at the top */
     int32_t n_symbols, n_heap, capacity;
     uint8_t *buffer; /* for a piece in another spelling */
     int64_t buffer_size;
@@ -657,11 +657,13 @@ static int32_t emit(encoder *e, int32_t token) {
     return 0;
 }
 
-static void sift_down(candidate *heap, int32_t n, int32_t i) {
+/* Four children to a node: half as many levels as with two, and the four lie side by side. */
+static void sift_down(candidate *heap, int64_t n, int64_t i) {
     candidate moved = heap[i];
-    for (int32_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && heap[child + 1].order < heap[child].order) {
-            child++;
+    for (int64_t child; (child = 4 * i + 1) < n; i = child) {
+        const int64_t end = PL_MIN(child + 4, n);
+        for (int64_t other = child + 1; other < end; other++) {
+            child = heap[other].order < heap[child].order ? other : child;
         }
         if (moved.order <= heap[child].order) {
             break;
@@ -671,10 +673,10 @@ static void sift_down(candidate *heap, int32_t n, int32_t i) {
     heap[i] = moved;
 }
 
-static void sift_up(candidate *heap, int32_t i) {
+static void sift_up(candidate *heap, int64_t i) {
     candidate moved = heap[i];
-    for (int32_t parent; i > 0; i = parent) {
-        parent = (i - 1) / 2;
+    for (int64_t parent; i > 0; i = parent) {
+        parent = (i - 1) / 4;
         if (heap[parent].order <= moved.order) {
             break;
         }
@@ -715,7 +717,7 @@ static void merge_symbols(encoder *e) {
     for (int32_t i = 0; i + 1 < e->n_symbols; i++) {
         propose(e, i, i + 1);
     }
-    for (int32_t i = e->n_heap / 2 - 1; i >= 0; i--) {
+    for (int64_t i = e->n_heap > 1 ? (e->n_heap - 2) / 4 : -1; i >= 0; i--) { /* from the last parent on */
         sift_down(e->heap, e->n_heap, i);
     }
     while (e->n_heap > 0) {
