@@ -20,10 +20,7 @@ enum {
     DEAD = 0,       /* the empty set of pairs: no way to explain the text */
     TEXT_END = -1,  /* in place of a node: the root rule has matched */
     NO_FRAME = -1,
-    /* From how many nodes on it pays to ask whether a subtree can be taken as a whole: when what the state's characters
-     * have in common is known, and when it would have to be found out. */
-    SMALL_SUBTREE = 16,
-    LARGE_SUBTREE = 256,
+    LARGE_SUBTREE = 256, /* nodes from which on it pays to find out what a state's characters have in common */
     MANY_CLASSES = 256,
     KEPT_MASKS = 64,
     KEPT_TOKENS = 1 << 20,
@@ -438,6 +435,12 @@ static row *row_of(pl_matcher *m, int32_t state, pl_error *err) {
     return &m->rows[m->sets[state].row];
 }
 
+/* The row of a state of which it is known where most characters lead; NULL for others. */
+static inline const row *onward_row(const pl_matcher *m, int32_t state) {
+    const int32_t at = m->sets[state].row;
+    return at == UNKNOWN || m->rows[at].onward == UNKNOWN ? NULL : &m->rows[at];
+}
+
 static int32_t move_ascii(pl_matcher *m, int32_t state, uint8_t character, pl_error *err) {
     row *r = row_of(m, state, err);
     if (!r) {
@@ -515,6 +518,11 @@ static int32_t advance(pl_matcher *m, cursor *c, uint8_t byte, pl_error *err) {
     }
     if (!pl_partial_push(&c->partial, byte)) {
         return 0;
+    }
+    const row *r = onward_row(m, c->state);
+    if (r && r->groups & PL_GROUP_OTHERS) { /* any of them leads there */
+        c->state = c->partial.missing > 0 ? c->state : r->onward;
+        return 1;
     }
     int32_t first, last;
     pl_partial_range(&c->partial, &first, &last);
@@ -743,16 +751,21 @@ static const row *look_onward(pl_matcher *m, int32_t state, pl_error *err) {
  * same way: 1, 0 (not so, or not known), -1 when there is no memory. */
 static int32_t all_lead_onward(pl_matcher *m, const cursor *c, const pl_trie *trie, int32_t i, pl_error *err) {
     const pl_trie_node *node = &trie->nodes[i];
+    const bool large = node->end - i >= LARGE_SUBTREE;
     int32_t state = c->state;
-    const bool known = m->sets[state].row != UNKNOWN && m->rows[m->sets[state].row].onward != UNKNOWN;
-    const bool large = node->end - i >= (known ? SMALL_SUBTREE : LARGE_SUBTREE);
-    if (!large || c->partial.missing > 0 || node->groups & PL_GROUP_BROKEN) {
+    if (c->partial.missing > 0 || node->groups & PL_GROUP_BROKEN) {
         return 0;
     }
     for (int32_t level = 0; level < node->height; level++) { /* a level is one character, or less */
-        const row *r = look_onward(m, state, err);
-        if (!r || node->groups & ~r->groups) {
-            return r ? 0 : -1;
+        const row *r = onward_row(m, state);
+        if (!r) {
+            r = large ? look_onward(m, state, err) : NULL;
+            if (!r) {
+                return large ? -1 : 0;
+            }
+        }
+        if (node->groups & ~r->groups) {
+            return 0;
         }
         if (r->onward == state) {
             break;
