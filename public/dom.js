@@ -3,6 +3,7 @@
 export const $ = (id) => document.getElementById(id)
 
 // An element. Properties are set as they are, 'class' and names with a hyphen as attributes, functions named on… as listeners.
+// Children are nodes, texts, and arrays of them.
 export function el(tag, properties = {}, ...children) {
   const element = document.createElement(tag)
   for (const [name, value] of Object.entries(properties)) {
@@ -11,7 +12,7 @@ export function el(tag, properties = {}, ...children) {
     else if (name === 'class' || name === 'role' || name.includes('-')) element.setAttribute(name, value)
     else element[name] = value
   }
-  element.append(...children.filter((child) => child !== undefined && child !== null && child !== false))
+  for (const child of children.flat()) if (child !== undefined && child !== null && child !== false) element.append(child)
   return element
 }
 

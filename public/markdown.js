@@ -6,7 +6,7 @@
 
 import { copyButton, el } from './dom.js'
 
-const DEEPEST = 8  // lists and quotes within one another
+const DEEPEST = 8  // lists and quotes within one another, and emphasis within emphasis
 
 // Shows a text in an element. Blocks that have not changed since the last time are left alone, so that a text that grows is
 // cheap to show and what somebody has selected in it stays selected.
@@ -53,14 +53,14 @@ function blockAt(lines, at, depth) {
   const fence = FENCE.exec(line)
   if (fence) return codeAt(lines, at, fence)
   const heading = HEADING.exec(line)
-  if (heading) return { end: at + 1, build: () => el(`h${heading[1].length}`, {}, ...inline(headingText(line, heading[0]))) }
+  if (heading) return { end: at + 1, build: () => el(`h${heading[1].length}`, {}, inline(headingText(line, heading[0]))) }
   if (RULE.test(line)) return { end: at + 1, build: () => el('hr') }
   if (depth < DEEPEST && QUOTE.test(line)) return quoteAt(lines, at, depth)
   if (depth < DEEPEST && ITEM.test(line)) return listAt(lines, at, depth)
   if (isTable(lines, at)) return tableAt(lines, at)
   let end = at + 1
   while (end < lines.length && !interrupts(lines, end, depth)) end += 1
-  return { end, build: () => el('p', {}, ...inline(lines.slice(at, end).map((text) => text.trim()).join('\n'))) }
+  return { end, build: () => el('p', {}, inline(lines.slice(at, end).map((text) => text.trim()).join('\n'))) }
 }
 
 // What a heading says: the marks that may end it, too, are no part of that.
@@ -100,7 +100,7 @@ function quoteAt(lines, at, depth) {
   let end = at
   while (end < lines.length && QUOTE.test(lines[end])) end += 1
   const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ''))
-  return { end, build: () => el('blockquote', {}, ...nodes(inner, depth + 1)) }
+  return { end, build: () => el('blockquote', {}, nodes(inner, depth + 1)) }
 }
 
 const nodes = (lines, depth) => blocks(lines, depth).map(({ build }) => build())
@@ -137,7 +137,7 @@ function listAt(lines, at, depth) {
   return {
     end,
     build: () => el(isOrdered ? 'ol' : 'ul', isOrdered && start !== 1 ? { start } : {},
-      ...items.map(({ lines: own }) => listItem(own, depth, isLoose))),
+      items.map(({ lines: own }) => listItem(own, depth, isLoose))),
   }
 }
 
@@ -152,7 +152,7 @@ function listItem(lines, depth, isLoose) {
   let children = nodes(lines, depth + 1)
   if (!isLoose) children = children.flatMap((node) => (node.tagName === 'P' ? [...node.childNodes] : [node]))
   const box = task && el('input', { type: 'checkbox', checked: task[1] !== ' ', disabled: true })
-  return el('li', task ? { class: 'task' } : {}, box, ...children)
+  return el('li', task ? { class: 'task' } : {}, box, children)
 }
 
 function isTable(lines, at) {
@@ -170,12 +170,12 @@ function tableAt(lines, at) {
   while (end < lines.length && lines[end].includes('|')) end += 1
   const sides = cells(lines[at + 1]).map((rule) => (rule.endsWith(':') ? (rule.startsWith(':') ? 'center' : 'right') : ''))
   const row = (tag, line) => el('tr', {},
-    ...cells(line).slice(0, sides.length).map((cell, i) => el(tag, { class: sides[i] || undefined }, ...inline(cell))))
+    cells(line).slice(0, sides.length).map((cell, i) => el(tag, { class: sides[i] || undefined }, inline(cell))))
   return {
     end,
     build: () => el('div', { class: 'table', tabIndex: 0 }, el('table', {},
       el('thead', {}, row('th', lines[at])),
-      el('tbody', {}, ...lines.slice(at + 2, end).map((line) => row('td', line))))),
+      el('tbody', {}, lines.slice(at + 2, end).map((line) => row('td', line))))),
   }
 }
 
@@ -184,9 +184,9 @@ function tableAt(lines, at) {
 const PUNCTUATION = /[\p{P}\p{S}]/u
 
 // The nodes of a text. Emphasis is found as CommonMark does it: runs of * _ ~ are kept aside, and matched in the end.
-function inline(text) {
+function inline(text, isLabel = false) {
   const parts = []  // nodes, and runs { mark, n, opens, closes }
-  const closing = closingBrackets(text)
+  const closing = isLabel ? new Map() : closingBrackets(text)  // there are no links in links
   const missing = new Set()  // lengths of runs of ` that no other one closes
   let plain = ''
   const push = (part) => {
@@ -221,10 +221,10 @@ function inline(text) {
     } else if (character === '[' || (character === '!' && text[at + 1] === '[')) {
       const open = character === '[' ? at : at + 1
       const found = linkAt(text, open, closing)
-      if (found) push(link(found.url, inline(found.label)))
+      if (found) push(link(found.url, inline(found.label, true)))
       else plain += text.slice(at, open + 1)
       at = found ? found.end : open + 1
-    } else if (character === '<' || (character === 'h' && (at === 0 || !/\w/.test(text[at - 1])))) {
+    } else if (!isLabel && (character === '<' || (character === 'h' && (at === 0 || !/\w/.test(text[at - 1]))))) {
       const bare = /<(https?:\/\/[^\s<>]+|mailto:[^\s<>]+)>|https?:\/\/[^\s<>]+/y
       bare.lastIndex = at
       const found = bare.exec(text)
@@ -292,8 +292,8 @@ function trimmed(url) {
 
 // A link, if it leads where links may lead; else its text.
 function link(url, children) {
-  if (!/^(https?:\/\/|mailto:)/i.test(url)) return el('span', {}, ...children)
-  return el('a', { href: url, target: '_blank', rel: 'noopener noreferrer nofollow' }, ...children)
+  if (!/^(https?:\/\/|mailto:)/i.test(url)) return el('span', {}, children)
+  return el('a', { href: url, target: '_blank', rel: 'noopener noreferrer nofollow' }, children)
 }
 
 // A run of marks, and whether it can begin or end an emphasis: https://spec.commonmark.org/0.31.2/#left-flanking-delimiter-run
@@ -329,8 +329,15 @@ function emphasize(parts) {
       const opener = out[place]
       const n = part.mark === '~' ? 2 : Math.min(2, opener.n, part.n)
       if (opener.n < n || part.n < n) break
+      const inner = out.slice(place + 1)
+      const level = 1 + inner.reduce((most, node) => Math.max(most, node.level ?? 0), 0)
+      if (level > DEEPEST) {
+        places.length = 0
+        break
+      }
       const tag = part.mark === '~' ? 'del' : n === 2 ? 'strong' : 'em'
-      out.push(el(tag, {}, ...out.splice(place + 1).map(asNode)))
+      out.length = place + 1
+      out.push(Object.assign(el(tag, {}, inner.map(asNode)), { level }))
       opener.n -= n
       part.n -= n
       for (const others of Object.values(open)) while (others.length && others.at(-1) > place) others.pop()
