@@ -30,6 +30,7 @@ __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "To
 _log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
+_SCORED_AT_ONCE = 32  # tokens whose logits are in memory, which are many where the vocabulary is large
 
 
 class EngineClosed(RuntimeError):
@@ -55,6 +56,8 @@ class Request:
     """The slot to run in; -1: any."""
     embedding: bool = False
     """Give the last token's state instead of generating."""
+    score_prompt: bool = False
+    """Tell how likely each token of the prompt was; all of it is evaluated then. Needs ``sampling.n_probs``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,8 @@ class Stream:
         self.request = request
         self.slot_id = request.slot_id
         """The slot in which it runs; known when the first :class:`Token` comes."""
+        self.prompt_samples: tuple[Sample, ...] = ()
+        """With ``score_prompt``, one for each token of the prompt, also known then. Of the first one nothing is known."""
         self.cancelled = False
         self.listener: Callable[[], None] | None = None
         """Called in the engine's thread when an event has come: it must be quick, and not wait. Events may have come before it
@@ -228,6 +233,7 @@ class _Job:
         self.stream, self.sampler, self.text = stream, sampler, text
         self.request = stream.request
         self.truncated = False
+        self.scores: list[Sample] = []
         self.n_predicted = 0
         self.started = self.first_token = 0.0
 
@@ -278,6 +284,8 @@ class Engine:
             raise ValueError(f"the prompt has a token that is not in the vocabulary of {n_vocab}")
         if not -1 <= request.slot_id < self.n_slots:
             raise ValueError(f"slot {request.slot_id} does not exist; there are {self.n_slots}")
+        if request.score_prompt and not (request.sampling.n_probs and len(request.prompt) < self.model.n_ctx):
+            raise ValueError(f"a prompt to be scored needs n_probs, and a context of more than its {len(request.prompt)} tokens")
         stream, tokenizer = Stream(self, request), self.model.tokenizer
         sampler = Sampler(request.sampling, tokenizer, request.prompt, self.model.n_ctx)
         job = _Job(stream, sampler, _Text(tokenizer.stream_decoder(), request.stop))
@@ -398,7 +406,8 @@ class Engine:
         n_keep = min(self._n_keep(request), n_prompt, self.model.n_ctx - 4)
         tokens = truncated(list(request.prompt), n_keep, self.model.n_ctx)
         job.truncated = len(tokens) < n_prompt
-        return Sequence(tokens, n_keep=n_keep, reuse=request.cache_prompt, wanted_slot=request.slot_id, owner=job)
+        reuse = request.cache_prompt and not request.score_prompt
+        return Sequence(tokens, n_keep=n_keep, reuse=reuse, wanted_slot=request.slot_id, owner=job)
 
     def _n_keep(self, request: Request) -> int:
         """Tokens that a context shift spares; ``n_keep`` counts neither the system prompt nor the token that begins a text."""
@@ -419,7 +428,11 @@ class Engine:
             return
         texts, states = [], []
         for chunk in chunks:
-            (states if chunk.sequence.owner.request.embedding and chunk.is_last else texts).append(chunk)
+            request = chunk.sequence.owner.request
+            if request.score_prompt and not chunk.sequence.generating:
+                self._score(chunk)
+            else:
+                (states if request.embedding and chunk.is_last else texts).append(chunk)
         if texts:
             self._run(texts)
         if states:
@@ -447,6 +460,31 @@ class Engine:
                     self._end(chunk.sequence, "limit", embedding=row.copy())
                 else:
                     self._sample(chunk.sequence, job, row)
+
+    def _score(self, chunk: Chunk) -> None:
+        """Evaluates a part of a prompt, a few tokens at a time, and notes how likely each of the next ones was."""
+        sequence, is_last = chunk.sequence, chunk.is_last
+        job: _Job = sequence.owner
+        first, end = sequence.n_evaluated, sequence.n_evaluated + chunk.n
+        before = time.perf_counter()
+        if not job.started:
+            job.started, job.stream.slot_id = before, sequence.slot
+        if first == 0:
+            job.scores = [Sample(sequence.tokens[0])]
+        try:
+            for at in range(first, end, _SCORED_AT_ONCE):
+                tokens = sequence.tokens[at : min(at + _SCORED_AT_ONCE, end)]
+                rows = self.model.run([SequenceInput(tokens, at, sequence.table.blocks, len(tokens))])
+                following = sequence.tokens[at + 1 : at + 1 + len(tokens)]
+                n_vocab = self.model.tokenizer.n_vocab
+                job.scores += [job.sampler.score(token, row[:n_vocab]) for token, row in zip(following, rows)]
+        except Exception as error:  # as in _run
+            self._end(sequence, "error", error=f"{type(error).__name__}: {error}")
+            return
+        self._scheduler.advance([chunk], time.perf_counter() - before)
+        if is_last:
+            job.stream.prompt_samples = tuple(job.scores)
+            self._sample(sequence, job, rows[-1])
 
     @staticmethod
     def _input(chunk: Chunk) -> SequenceInput:

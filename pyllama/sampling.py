@@ -325,6 +325,14 @@ class Sampler:
         self._accept(token)
         return Sample(token) if raw is None else self._report(token, self._probs(logits), raw)
 
+    def score(self, token: int, logits: np.ndarray) -> Sample:
+        """What there is to tell of a token that was there anyway; nothing about the sequence changes. Needs ``n_probs``.
+
+        Args:
+            logits: float32 [n_vocab], contiguous.
+        """
+        return self._report(token, [], logits)
+
     def _choose(self, function: Callable[..., int], logits: np.ndarray) -> int | None:
         """Runs the chain and draws; None when there is nothing to draw."""
         core = self._core

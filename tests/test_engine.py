@@ -6,6 +6,7 @@ import random
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from pyllama.engine import Done, Engine, EngineClosed, Request, Stream
@@ -406,3 +407,40 @@ def test_closing_ends_everything() -> None:
     with pytest.raises(EngineClosed):
         engine.submit(request([97]))
     assert not any(thread.name == "pyllama-engine" for thread in threading.enumerate())
+
+
+def scored(engine: Engine, prompt: list[int], n_predict: int = 2) -> Stream:
+    sampling = SamplingParams(temperature=0.0, repeat_penalty=1.0, n_probs=2)
+    return engine.submit(request(prompt, n_predict, sampling=sampling, score_prompt=True))
+
+
+def assert_scores(model: FakeModel, stream: Stream, prompt: list[int]) -> None:
+    assert [sample.token for sample in stream.prompt_samples] == prompt
+    assert stream.prompt_samples[0].logprob is None
+    for i, sample in enumerate(stream.prompt_samples[1:], 1):
+        logits = model._logits(prompt[:i]).astype(float)
+        logprobs = logits - np.log(np.exp(logits).sum())
+        assert sample.logprob == pytest.approx(logprobs[sample.token], abs=1e-5)
+        assert [token for token, _ in sample.top_logprobs] == np.argsort(-logits)[:2].tolist()
+
+
+@pytest.mark.parametrize("n_batch", [5, 64])
+def test_how_likely_a_prompt_was(n_batch: int) -> None:
+    """In parts as they come, and again although it was seen before; more than the pool holds at a time."""
+    with Engine(FakeModel(n_batch=n_batch), n_slots=4) as engine:
+        prompts = [prompt_of(n, n) for n in (1, 2, 33, 70, 90, 100)] + [prompt_of(90, 90)]
+        plain = engine.submit(request(prompts[3]))
+        streams = [scored(engine, prompt, n_predict=i % 3) for i, prompt in enumerate(prompts)]
+        for i, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
+            assert tokens_of(stream)[0] == engine.model.greedy(prompt, i % 3)
+            assert_scores(engine.model, stream, prompt)
+        assert tokens_of(plain)[0] == engine.model.greedy(prompts[3], 20)
+        assert plain.prompt_samples == ()
+        engine.model.fail_on = 10
+        assert tokens_of(scored(engine, [97, 10, 98]))[1].reason == "error"
+        assert engine._cache.n_available == engine.model.n_blocks
+        engine._cache.check()
+        with pytest.raises(ValueError, match="needs n_probs"):
+            engine.submit(request(prompts[0], score_prompt=True))
+        with pytest.raises(ValueError, match="more than its 128 tokens"):
+            scored(engine, prompt_of(128))

@@ -15,6 +15,8 @@ from tests.tiny_models import make_gemma3, make_llama
 
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 GREEDY = {"temperature": 0, "ignore_eos": True, "n_predict": 6}
+UNSHARED = {**GREEDY, "cache_prompt": False}
+"""One token alone is computed in another order than many, so that near-ties may fall another way."""
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,11 @@ def tokens_of(server: ServerProcess, text: str, **more: Any) -> list[int]:
 
 
 def assert_same_tokens(server: ServerProcess, answer: dict[str, Any], expected: list[int], content: str) -> None:
-    """The prompt of an answer was this one: all that could be shared with it was, and the same text follows."""
-    again = server.post("/completion", prompt=expected, **GREEDY)
+    """The prompt of an answer, to UNSHARED options, was this one: all that can be shared is, and the same text follows."""
+    again = server.post("/completion", prompt=expected, n_predict=0)
     assert answer["tokens_evaluated"] == again["tokens_evaluated"] == len(expected)
     assert again["timings"]["prompt_n"] == 1
-    assert again["content"] == content
+    assert server.post("/completion", prompt=expected, **UNSHARED)["content"] == content
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def test_no_space_and_no_bos_come_by_themselves(pieces):
         assert pieces.post("/detokenize", tokens=tokens_of(pieces, text)) == {"content": text}
     (bos,) = tokens_of(pieces, "", add_special=True)
     assert tokens_of(pieces, "hello", add_special=True) == [bos, *plain]
-    answer = pieces.post("/completion", prompt="hello", **GREEDY)
+    answer = pieces.post("/completion", prompt="hello", **UNSHARED)
     assert_same_tokens(pieces, answer, [bos, *spaced], answer["content"])
 
 
@@ -79,9 +81,20 @@ def test_a_mixed_prompt_begins_once(pieces):
         (["hello", day[0], "hello"], [bos, *spaced, *day, *plain]),
         ([day[0], "hello"], [*day, *plain]),
     ):
-        answer = pieces.post("/completion", prompt=prompt, **GREEDY)
+        answer = pieces.post("/completion", prompt=prompt, **UNSHARED)
         assert answer["prompt"] == prompt
         assert_same_tokens(pieces, answer, expected, answer["content"])
+
+
+def test_an_echoed_prompt_is_the_text_that_was_sent(pieces):
+    options = {"prompt": "hello day", "echo": True, "max_tokens": 1, "logprobs": 1}
+    (choice,) = pieces.post("/v1/completions", **options)["choices"]
+    assert choice["text"].startswith("hello day")
+    assert choice["logprobs"]["tokens"][:3] == ["<bos>", " hello", " day"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 5, 9]
+    first, *_ = pieces.stream("/v1/completions", **options)
+    assert first["choices"][0]["text"] == "hello day" and first["choices"][0]["logprobs"]["text_offset"] == [0, 0, 5]
+    assert "context of more than" in pieces.refused("/v1/completions", {**options, "prompt": "day " * 1100})
 
 
 # ---- several prompts -------------------------------------------------------------------------------------------------
@@ -149,7 +162,7 @@ def infill(server: ServerProcess, **fields: Any) -> tuple[str, dict[str, Any]]:
     "prefix, suffix", [("the day", " world"), ("", "hello"), ("hello <|im_end|>", ""), ("a", " <|fim_middle|>")]
 )
 def test_filling_in_of_a_byte_level_model(coder, prefix, suffix):
-    text, last = infill(coder, input_prefix=prefix, input_suffix=suffix, prompt="ignored", **GREEDY)
+    text, last = infill(coder, input_prefix=prefix, input_suffix=suffix, prompt="ignored", **UNSHARED)
     plain = [byte for text in (prefix, suffix) for byte in plain_tokens(coder, text)]
     n_prefix = len(plain_tokens(coder, prefix))
     assert_same_tokens(coder, last, [3, *plain[:n_prefix], 4, *plain[n_prefix:], 5], text)
@@ -169,7 +182,7 @@ def test_filling_in_of_a_sentencepiece_model(pieces):
     (bos,) = tokens_of(pieces, "", add_special=True)
     (pre,), (suf,), (mid,) = (tokens_of(pieces, f"▁<{mark}>") for mark in ("PRE", "SUF", "MID"))
     before, after = tokens_of(pieces, " hello"), tokens_of(pieces, "day world")
-    text, last = infill(pieces, input_prefix="hello", input_suffix="day world", **GREEDY)
+    text, last = infill(pieces, input_prefix="hello", input_suffix="day world", **UNSHARED)
     assert_same_tokens(pieces, last, [bos, pre, *before, suf, *after, mid], text)
 
 
@@ -230,8 +243,9 @@ def test_a_system_prompt_stands_before_everything_that_is_generated(slots):
     assert {path: n_prompt(path) - n_system for path in requests} == before
     assert infill(slots, input_prefix="a", input_suffix="b", **GREEDY)[1]["tokens_evaluated"] == n_infill + n_system
     assert slots.post("/v1/embeddings", input="hello")["usage"]["prompt_tokens"] == n_embedding
-    echoed = slots.post("/v1/completions", prompt="hello", echo=True, max_tokens=0)["choices"][0]["text"]
-    assert echoed == "hello"
+    (choice,) = slots.post("/v1/completions", prompt="hello day", echo=True, max_tokens=0, logprobs=1)["choices"]
+    assert choice["text"] == "hello day" and choice["logprobs"]["tokens"] == ["hello", " day"]
+    assert None not in choice["logprobs"]["token_logprobs"]  # the system prompt stands before all of them
     slots.post("/completion", prompt="a", n_predict=0, system_prompt="")
     assert {path: n_prompt(path) for path in requests} == before
     assert slots.json("GET", "/props")[1] == {"assistant_name": "", "user_name": ""}

@@ -65,20 +65,19 @@ def add_routes(app: Bottle, service: Service) -> None:
         fields = json_fields(service)
         n_logprobs = fields.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
         echo = fields.boolean("echo", False)
-        if echo and n_logprobs is not None:
-            raise ApiError(501, "logprobs with echo: the probabilities of a prompt's own tokens are not computed")
         system = read_system_prompt(fields, service)
         before = service.system_tokens(system)
         prompts = _read_text_prompts(fields, service, system)
         requests = _read_requests(fields, service, prompts, n_logprobs)
+        if echo and n_logprobs is not None:
+            requests = [replace(request, score_prompt=len(request.prompt) > len(before)) for request in requests]
         if fields.integer("best_of", None) not in (None, len(requests) // len(prompts)):
             raise ApiError(501, "best_of must be the same as n: answers are not compared")
         tokenizer = service.model.tokenizer
         choices = []
         for request in requests:
-            own = request.prompt[len(before) :]
-            echoed = tokenizer.decode(own, space_prefix=not before) if echo else ""
-            choices.append(_Text(tokenizer, n_logprobs, echoed))
+            own = request.prompt[len(before) :] if echo else ()
+            choices.append(_Text(tokenizer, n_logprobs, own, begins=not before))
         return _answer(choices, requests, fields, service, system)
 
     @app.post("/v1/embeddings")
@@ -253,14 +252,20 @@ class _Answer:
 
         done: dict[int, Done] = {}
         with self.service.submit(self.requests, self.system_prompt) as streams:
+            unopened = set()  # until there are scores
             for index, choice in enumerate(self.choices):
-                if (opening := choice.opening()) is not None:
+                if self.requests[index].score_prompt:
+                    unopened.add(index)
+                elif (opening := choice.opening()) is not None:
                     yield chunk(index, opening)
             for index, event in events(streams, self.client):
                 if event is None:
                     yield None
                     continue
                 choice = self.choices[index]
+                if index in unopened:
+                    unopened.remove(index)
+                    yield chunk(index, choice.opening(streams[index].prompt_samples))
                 if isinstance(event, Done):
                     done[index] = event
                     note_usage(self.notes, event)
@@ -286,7 +291,8 @@ class _Answer:
         for index, (choice, tokens) in enumerate(zip(self.choices, pieces)):
             text = "".join(token.text for token in tokens)
             samples = [sample for token in tokens for sample in token.samples]
-            told.append({"finish_reason": _finish_reason(done[index]), "index": index, **choice.whole(text, samples)})
+            whole = choice.whole(text, samples, streams[index].prompt_samples)
+            told.append({"finish_reason": _finish_reason(done[index]), "index": index, **whole})
         return {"choices": told, **self.head, "object": self.choices[0].kind, "usage": _usage(done, self.requests)}
 
 
@@ -317,10 +323,10 @@ class _Chat:
     def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None) -> None:
         self.tokenizer, self.n_logprobs = tokenizer, n_logprobs
 
-    def whole(self, text: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    def whole(self, text: str, samples: Sequence[Sample], scores: Sequence[Sample] = ()) -> dict[str, Any]:
         return {"message": {"content": text, "role": "assistant"}, **self._logprobs(samples)}
 
-    def opening(self) -> dict[str, Any]:
+    def opening(self, scores: Sequence[Sample] = ()) -> dict[str, Any]:
         return {"delta": {"role": "assistant"}}
 
     def delta(self, event: Token) -> dict[str, Any]:
@@ -347,20 +353,32 @@ class _Text:
     """A choice with plain text.
 
     Args:
-        echoed: the prompt, to be repeated before the text; empty: not to be repeated.
+        echoed: the prompt's tokens, to be repeated before the text; none: it is not to be repeated.
+        begins: the prompt is the beginning of a text, rather than behind a system prompt.
     """
 
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, n_logprobs: int | None, echoed: str) -> None:
-        self.tokenizer, self.n_logprobs, self.echoed = tokenizer, n_logprobs, echoed
-        self._decoder, self._at = tokenizer.stream_decoder(), 0
+    def __init__(
+        self, tokenizer: Tokenizer, n_logprobs: int | None, echoed: Sequence[int] = (), *, begins: bool = True
+    ) -> None:
+        self.tokenizer, self.n_logprobs = tokenizer, n_logprobs
+        self._echoed = echoed
+        self._echo = tokenizer.decode(echoed, space_prefix=begins)
+        # Where the next token begins in the text, of which a first space may have been left out.
+        self._at = len(self._echo) - len(tokenizer.decode(echoed, space_prefix=False))
+        self._decoder = tokenizer.stream_decoder()
 
-    def whole(self, text: str, samples: Sequence[Sample]) -> dict[str, Any]:
-        return {"text": self.echoed + text, "logprobs": self._logprobs(samples)}
+    def whole(self, text: str, samples: Sequence[Sample], scores: Sequence[Sample] = ()) -> dict[str, Any]:
+        samples = [*scores[-len(self._echoed) :], *samples] if scores else samples
+        return {"text": self._echo + text, "logprobs": self._logprobs(samples)}
 
-    def opening(self) -> dict[str, Any] | None:
-        return {"text": self.echoed, "logprobs": None} if self.echoed else None
+    def opening(self, scores: Sequence[Sample] = ()) -> dict[str, Any] | None:
+        """The prompt, with what is known of its tokens."""
+        if not self._echoed:
+            return None
+        own = scores[-len(self._echoed) :]
+        return {"text": self._echo, "logprobs": self._logprobs(own) if own else None}
 
     def delta(self, event: Token) -> dict[str, Any]:
         return {"text": event.text, "logprobs": self._logprobs(event.samples)}
@@ -373,20 +391,18 @@ class _Text:
             return None
         return {
             "text_offset": [self._offset(sample.token) for sample in samples],
-            "token_logprobs": [_finite(sample.logprob) for sample in samples],
+            "token_logprobs": [None if sample.logprob is None else _finite(sample.logprob) for sample in samples],
             "tokens": [printable(self.tokenizer, sample.token) for sample in samples],
-            "top_logprobs": [
-                {
-                    printable(self.tokenizer, token): _finite(value)
-                    for token, value in sample.top_logprobs[: self.n_logprobs]
-                }
-                for sample in samples
-            ],
+            "top_logprobs": [None if sample.logprob is None else self._top(sample) for sample in samples],
         }
+
+    def _top(self, sample: Sample) -> dict[str, float]:
+        best = sample.top_logprobs[: self.n_logprobs]
+        return {printable(self.tokenizer, token): _finite(logprob) for token, logprob in best}
 
     def _offset(self, token: int) -> int:
         """Where the next token begins in the text; a token within a character, where that does."""
-        at = self._at
+        at = max(0, self._at)
         self._at += len(self._decoder.push(token))
         return at
 
