@@ -29,7 +29,7 @@ static pl_q8 q8_of(const pl_run_state *s, int32_t value) {
 }
 
 static void quantize_row(const pl_kernels *k, const float *x, const pl_q8 *q, int32_t row) {
-    k->quantize(x, q->width / PL_GROUP, pl_q8_tile(q, row / q->lanes), q->width, q->lanes, row % q->lanes, 0);
+    k->quantize(x, q->width / PL_GROUP, pl_q8_tile(q, row / q->lanes), q->width, q->lanes, row % q->lanes, 0, false);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------------ */
@@ -235,7 +235,7 @@ static void op_logits(const pl_run_state *s, const pl_op *op, atomic_int *counte
 
 /* Gate and up products of 32 columns at a time, activated and quantized while they are in cache. */
 static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
-    _Alignas(64) float gate[PL_MAX_LANES][UNIT_ROWS], up[PL_MAX_LANES][UNIT_ROWS];
+    _Alignas(64) float gate[PL_MAX_LANES][UNIT_ROWS] = {{0}}, up[PL_MAX_LANES][UNIT_ROWS] = {{0}};
     const pl_kernels *k = s->program->cpu->kernels;
     const operand x = operand_of(s, op->src[0]);
     const int32_t width = (int32_t)op->w[0]->n_rows;
@@ -249,15 +249,17 @@ static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters,
             for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
                 unit_times_tile(k, op->w[0], unit, &x, tile, gate[0], UNIT_ROWS);
                 unit_times_tile(k, op->w[1], unit, &x, tile, up[0], UNIT_ROWS);
-                for (int32_t t = 0; t < PL_MIN(x.lanes, x.n_rows - tile * x.lanes); t++) {
-                    const int32_t row = tile * x.lanes + t;
-                    k->glu(op->n[0], gate[t], up[t], columns, gate[t]);
-                    if (y) {
-                        memcpy(y + (int64_t)row * width + unit * UNIT_ROWS, gate[t], sizeof(float) * (size_t)columns);
-                    }
-                    if (q.base) {
-                        k->quantize(gate[t], 1, pl_q8_tile(&q, row / q.lanes), width, q.lanes, row % q.lanes, (int32_t)unit);
-                    }
+                const int32_t first = tile * x.lanes, rows = PL_MIN(x.lanes, x.n_rows - first);
+                k->glu(op->n[0], gate[0], up[0], rows * UNIT_ROWS, gate[0]);
+                for (int32_t t = 0; y && t < rows; t++) {
+                    memcpy(y + (int64_t)(first + t) * width + unit * UNIT_ROWS, gate[t], sizeof(float) * (size_t)columns);
+                }
+                if (q.base && x.quantized) { /* both have the same tiles */
+                    k->quantize(gate[0], rows, pl_q8_tile(&q, tile), width, q.lanes, 0, (int32_t)unit, true);
+                }
+                for (int32_t t = 0; q.base && !x.quantized && t < rows; t++) {
+                    const int32_t row = first + t;
+                    k->quantize(gate[t], 1, pl_q8_tile(&q, row / q.lanes), width, q.lanes, row % q.lanes, (int32_t)unit, false);
                 }
             }
         }

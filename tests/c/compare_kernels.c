@@ -81,7 +81,7 @@ static uint8_t *random_matrix(int32_t type, int64_t n_rows, int64_t n_cols, int6
 static uint8_t *quantized_tile(const pl_kernels *k, const float *x, int32_t width, int32_t lanes) {
     uint8_t *tile = pl_alloc((size_t)pl_q8_tile_bytes(width, lanes), NULL);
     for (int32_t lane = 0; lane < lanes; lane++) {
-        k->quantize(x + (int64_t)lane * width, width / PL_GROUP, tile, width, lanes, lane, 0);
+        k->quantize(x + (int64_t)lane * width, width / PL_GROUP, tile, width, lanes, lane, 0, false);
     }
     return tile;
 }
@@ -181,8 +181,21 @@ static void compare_panels(int32_t type) {
     free(data);
 }
 
+/* The same tile, made a group of all its rows at a time. */
+static uint8_t *tile_made_across(const pl_kernels *k, const float *x, int32_t width, int32_t lanes) {
+    uint8_t *tile = pl_alloc((size_t)pl_q8_tile_bytes(width, lanes), NULL);
+    for (int32_t group = 0; group < width / PL_GROUP; group++) {
+        float columns[PL_MAX_LANES * PL_GROUP];
+        for (int32_t lane = 0; lane < lanes; lane++) {
+            memcpy(columns + lane * PL_GROUP, x + lane * width + group * PL_GROUP, sizeof(float) * PL_GROUP);
+        }
+        k->quantize(columns, lanes, tile, width, lanes, 0, group, true);
+    }
+    return tile;
+}
+
 static void compare_quantization(const pl_cpu_set *set) {
-    enum { WIDTH = 128 };
+    enum { WIDTH = 5 * PL_GROUP };
     float x[PL_MAX_LANES * WIDTH];
     for (int32_t lanes = 1; lanes <= set->kernels->max_lanes; lanes++) {
         for (int32_t round = 0; round < 200; round++) {
@@ -196,9 +209,12 @@ static void compare_quantization(const pl_cpu_set *set) {
                 }
             }
             uint8_t *a = quantized_tile(set->kernels, x, WIDTH, lanes), *b = quantized_tile(&pl_kernels_scalar, x, WIDTH, lanes);
-            if (memcmp(a, b, (size_t)pl_q8_tile_bytes(WIDTH, lanes)) != 0) {
+            uint8_t *c = tile_made_across(set->kernels, x, WIDTH, lanes);
+            const size_t bytes = (size_t)pl_q8_tile_bytes(WIDTH, lanes);
+            if (memcmp(a, b, bytes) != 0 || memcmp(c, b, bytes) != 0) {
                 differ(set->name, "quantization", lanes, round);
             }
+            pl_free(c);
             pl_free(a);
             pl_free(b);
         }

@@ -302,11 +302,13 @@ INLINE int32_t integer_sum_of(__m256i v) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
 }
 
-static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
+static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
+                     bool across) {
     float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
     int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
+    for (int32_t i = 0; i < n; i++, x += PL_GROUP) {
+        const int32_t g = across ? group : group + i, to_lane = across ? lane + i : lane;
         __m256 v[4], largest = _mm256_setzero_ps();
         __m256i q[4];
         for (int i = 0; i < 4; i++) {
@@ -323,15 +325,15 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
         _Alignas(32) int32_t fours[8];
         _mm256_store_si256((__m256i *)fours, _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
-        int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + lane;
+        int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + to_lane;
         for (int i = 0; i < 8; i++) {
             to[i * lanes] = fours[i];
         }
-        d[g * lanes + lane] = scale;
-        sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
-        minus32[g * lanes + lane] = -(sum_a + sum_b);
-        minus16[2 * g * lanes + lane] = -sum_a;
-        minus16[(2 * g + 1) * lanes + lane] = -sum_b;
+        d[g * lanes + to_lane] = scale;
+        sum32[g * lanes + to_lane] = scale * (float)(sum_a + sum_b);
+        minus32[g * lanes + to_lane] = -(sum_a + sum_b);
+        minus16[2 * g * lanes + to_lane] = -sum_a;
+        minus16[(2 * g + 1) * lanes + to_lane] = -sum_b;
     }
 }
 

@@ -102,12 +102,14 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
             at += PL_LINE_BYTES;
         }
         const uint8_t *codes_at[2] = {at, at + (panels - 1) * apart};
+        /* Behind the first of two panels lies the second, which is being read: what comes next is the next pair. */
+        const int64_t ahead = panels == 2 && at + AHEAD >= panel + apart ? AHEAD + apart : AHEAD;
         __asm__("" : "+r"(codes_at[1])); /* one register instead of many sums of addresses */
 #pragma GCC unroll 2
         for (int p = 0; p < panels; p++) {
 #pragma GCC unroll 8
             for (int i = 0; i < pl_code_bytes(low_bits, two_shift, one_shift); i += 64) {
-                _mm_prefetch((const char *)(codes_at[p] + AHEAD + i), _MM_HINT_T0);
+                _mm_prefetch((const char *)(codes_at[p] + ahead + i), _MM_HINT_T0);
             }
         }
 #pragma GCC unroll 2
@@ -280,31 +282,118 @@ static void product_float(const pl_weight *w, const uint8_t *panel, const float 
     }
 }
 
-static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
-    float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
-    int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
-    for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
-        const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-        const float scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b))) / 127.0f;
-        const __m512 inverse = _mm512_set1_ps(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
-        const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-        const __m128i bytes_a = _mm512_cvtsepi32_epi8(qa), bytes_b = _mm512_cvtsepi32_epi8(qb), ones = _mm_set1_epi8(1);
-        __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), ones, bytes_a),
-                                      _mm_dpbusd_epi32(_mm_setzero_si128(), ones, bytes_b));
-        sums = _mm_hadd_epi32(sums, sums);
-        const int32_t sum_a = _mm_cvtsi128_si32(sums), sum_b = _mm_extract_epi32(sums, 1);
-        _Alignas(16) int32_t fours[8];
-        _mm_store_si128((__m128i *)fours, bytes_a);
-        _mm_store_si128((__m128i *)(fours + 4), bytes_b);
-        int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + lane;
-        for (int i = 0; i < 8; i++) {
-            to[i * lanes] = fours[i];
+/* The largest of each quarter of four groups' 16 columns: in every 128-bit lane that of one group, four times. */
+INLINE __m512 largest_of_four(const __m512 m[4]) {
+    __m512 half[2];
+    for (int i = 0; i < 2; i++) {
+        half[i] = _mm512_max_ps(_mm512_shuffle_f32x4(m[2 * i], m[2 * i + 1], 0x44),
+                                _mm512_shuffle_f32x4(m[2 * i], m[2 * i + 1], 0xee));
+    }
+    __m512 v = _mm512_max_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+    v = _mm512_max_ps(v, _mm512_permute_ps(v, 0xb1));
+    return _mm512_max_ps(v, _mm512_permute_ps(v, 0x4e));
+}
+
+/*
+ * Up to four groups at a time, so that they share the reductions and divisions. Across, what belongs to neighbouring lanes lies
+ * side by side and is stored together; along a row everything has a place of its own.
+ */
+INLINE void quantize_fours(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
+                           bool across) {
+    enum { AT_ONCE = 4, FOURS = PL_GROUP / 4 };
+    for (int32_t first = 0; first < n; first += AT_ONCE) {
+        const int32_t count = PL_MIN(n - first, AT_ONCE);
+        __m512 a[AT_ONCE], b[AT_ONCE], most[AT_ONCE];
+#pragma GCC unroll 4
+        for (int i = 0; i < AT_ONCE; i++) {
+            const float *from = x + PL_MIN(first + i, n - 1) * PL_GROUP; /* past the end the last one again */
+            a[i] = _mm512_loadu_ps(from);
+            b[i] = _mm512_loadu_ps(from + 16);
+            most[i] = _mm512_max_ps(_mm512_abs_ps(a[i]), _mm512_abs_ps(b[i]));
         }
-        d[g * lanes + lane] = scale;
-        sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
-        minus32[g * lanes + lane] = -(sum_a + sum_b);
-        minus16[2 * g * lanes + lane] = -sum_a;
-        minus16[(2 * g + 1) * lanes + lane] = -sum_b;
+        const __m512i lane_firsts = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
+        const __m128 largest = _mm512_castps512_ps128(_mm512_permutexvar_ps(lane_firsts, largest_of_four(most)));
+        const __m128 scale = _mm_div_ps(largest, _mm_set1_ps(127.0f));
+        const __mmask8 normal = _mm_cmp_ps_mask(scale, _mm_set1_ps(FLT_MIN), _CMP_GE_OQ);
+        const __m512 inverses = _mm512_castps128_ps512(_mm_maskz_div_ps(normal, _mm_set1_ps(1.0f), scale));
+        __m512i bytes[2]; /* of two groups: in 128-bit lane k four k of the first's 16 columns, its others, the second's */
+        __m128i sums[2];  /* in the same order */
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; pair++) {
+            __m512i narrow[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const __m512 inverse = _mm512_permutexvar_ps(_mm512_set1_epi32(2 * pair + i), inverses);
+                narrow[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(a[2 * pair + i], inverse)),
+                                               _mm512_cvtps_epi32(_mm512_mul_ps(b[2 * pair + i], inverse)));
+            }
+            bytes[pair] = _mm512_packs_epi16(narrow[0], narrow[1]);
+            const __m512i of_fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes[pair]);
+            const __m256i folded = _mm256_add_epi32(_mm512_castsi512_si256(of_fours), _mm512_extracti64x4_epi64(of_fours, 1));
+            sums[pair] = _mm_add_epi32(_mm256_castsi256_si128(folded), _mm256_extracti128_si256(folded, 1));
+        }
+        /* Now in the order of the four groups: first columns, last columns. */
+        const __m512 pairs[2] = {_mm512_castsi512_ps(bytes[0]), _mm512_castsi512_ps(bytes[1])};
+        const __m512i first_fours = _mm512_castps_si512(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88));
+        const __m512i last_fours = _mm512_castps_si512(_mm512_shuffle_ps(pairs[0], pairs[1], 0xdd));
+        const __m128 sum_pairs[2] = {_mm_castsi128_ps(sums[0]), _mm_castsi128_ps(sums[1])};
+        const __m128i zero = _mm_setzero_si128();
+        const __m128i minus_a = _mm_sub_epi32(zero, _mm_castps_si128(_mm_shuffle_ps(sum_pairs[0], sum_pairs[1], 0x88)));
+        const __m128i minus_b = _mm_sub_epi32(zero, _mm_castps_si128(_mm_shuffle_ps(sum_pairs[0], sum_pairs[1], 0xdd)));
+        const __m128i minus = _mm_add_epi32(minus_a, minus_b);
+        const __m128 sum = _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_sub_epi32(zero, minus)));
+
+        const int32_t to_lane = across ? lane + first : lane, to_group = across ? group : group + first;
+        const int64_t at = (int64_t)to_group * lanes + to_lane, at16 = at + (int64_t)to_group * lanes;
+        int32_t *q = (int32_t *)tile + (int64_t)to_group * FOURS * lanes + to_lane;
+        float *d = pl_q8_d(tile, width, lanes) + at, *sum32 = pl_q8_sum32(tile, width, lanes) + at;
+        int32_t *minus32 = pl_q8_minus32(tile, width, lanes) + at, *minus16 = pl_q8_minus16(tile, width, lanes) + at16;
+        if (across) {
+            const __mmask8 mask = (__mmask8)((1 << count) - 1);
+#define STORE_FOURS(k)                                                                                                      \
+    _mm_mask_storeu_epi32(q + (k) * lanes, mask, _mm512_extracti32x4_epi32(first_fours, k));                                \
+    _mm_mask_storeu_epi32(q + (4 + (k)) * lanes, mask, _mm512_extracti32x4_epi32(last_fours, k))
+            STORE_FOURS(0);
+            STORE_FOURS(1);
+            STORE_FOURS(2);
+            STORE_FOURS(3);
+#undef STORE_FOURS
+            _mm_mask_storeu_ps(d, mask, scale);
+            _mm_mask_storeu_ps(sum32, mask, sum);
+            _mm_mask_storeu_epi32(minus32, mask, minus);
+            _mm_mask_storeu_epi32(minus16, mask, minus_a);
+            _mm_mask_storeu_epi32(minus16 + lanes, mask, minus_b);
+            continue;
+        }
+        _Alignas(64) int32_t fours[2][16], of_minus[3][AT_ONCE];
+        _Alignas(16) float of_d[AT_ONCE], of_sum[AT_ONCE];
+        _mm512_store_si512(fours[0], first_fours);
+        _mm512_store_si512(fours[1], last_fours);
+        _mm_store_ps(of_d, scale);
+        _mm_store_ps(of_sum, sum);
+        _mm_store_si128((__m128i *)of_minus[0], minus);
+        _mm_store_si128((__m128i *)of_minus[1], minus_a);
+        _mm_store_si128((__m128i *)of_minus[2], minus_b);
+        for (int32_t i = 0; i < count; i++, q += FOURS * lanes) {
+#pragma GCC unroll 8
+            for (int k = 0; k < FOURS; k++) {
+                q[k * lanes] = fours[k / 4][4 * (k % 4) + i];
+            }
+            d[i * lanes] = of_d[i];
+            sum32[i * lanes] = of_sum[i];
+            minus32[i * lanes] = of_minus[0][i];
+            minus16[2 * i * lanes] = of_minus[1][i];
+            minus16[(2 * i + 1) * lanes] = of_minus[2][i];
+        }
+    }
+}
+
+static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
+                     bool across) {
+    if (across) {
+        quantize_fours(x, n, tile, width, lanes, lane, group, true);
+    } else {
+        quantize_fours(x, n, tile, width, lanes, lane, group, false);
     }
 }
 

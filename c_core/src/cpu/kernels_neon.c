@@ -289,10 +289,12 @@ static void product_float(const pl_weight *w, const uint8_t *panel, const float 
     }
 }
 
-static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
+static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
+                     bool across) {
     float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
     int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
-    for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
+    for (int32_t i = 0; i < n; i++, x += PL_GROUP) {
+        const int32_t g = across ? group : group + i, to_lane = across ? lane + i : lane;
         float32x4_t v[8], largest = vdupq_n_f32(0);
         for (int i = 0; i < 8; i++) {
             v[i] = vld1q_f32(x + 4 * i);
@@ -301,7 +303,7 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         const float scale = vmaxvq_f32(largest) / 127.0f;
         const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
         int32x4_t halves_sum[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
-        int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + lane;
+        int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + to_lane;
         for (int i = 0; i < 8; i++) {
             const int32x4_t q = vcvtnq_s32_f32(vmulq_n_f32(v[i], inverse));
             const int16x4_t narrow = vqmovn_s32(q);
@@ -309,11 +311,11 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
             to[i * lanes] = vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(narrow, narrow))), 0);
         }
         const int32_t sum_a = vaddvq_s32(halves_sum[0]), sum_b = vaddvq_s32(halves_sum[1]);
-        d[g * lanes + lane] = scale;
-        sum32[g * lanes + lane] = scale * (float)(sum_a + sum_b);
-        minus32[g * lanes + lane] = -(sum_a + sum_b);
-        minus16[2 * g * lanes + lane] = -sum_a;
-        minus16[(2 * g + 1) * lanes + lane] = -sum_b;
+        d[g * lanes + to_lane] = scale;
+        sum32[g * lanes + to_lane] = scale * (float)(sum_a + sum_b);
+        minus32[g * lanes + to_lane] = -(sum_a + sum_b);
+        minus16[2 * g * lanes + to_lane] = -sum_a;
+        minus16[(2 * g + 1) * lanes + to_lane] = -sum_b;
     }
 }
 

@@ -66,10 +66,12 @@ static void product_float(const pl_weight *w, const uint8_t *panel, const float 
     }
 }
 
-static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t first) {
+static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
+                     bool across) {
     float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
     int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
-    for (int32_t g = first; g < first + n_groups; g++, x += PL_GROUP) {
+    for (int32_t i = 0; i < n; i++, x += PL_GROUP) {
+        const int32_t g = across ? group : group + i, to_lane = across ? lane + i : lane;
         float largest = 0;
         for (int j = 0; j < PL_GROUP; j++) {
             largest = fmaxf(largest, fabsf(x[j]));
@@ -79,13 +81,13 @@ static void quantize(const float *x, int32_t n_groups, uint8_t *tile, int32_t wi
         for (int j = 0; j < PL_GROUP; j++) {
             const int32_t q = (int32_t)fminf(fmaxf(rintf(x[j] * inverse), -127.0f), 127.0f);
             sum[j / 16] += q;
-            ((int8_t *)tile)[((g * PL_GROUP + j) / 4 * lanes + lane) * 4 + j % 4] = (int8_t)q;
+            ((int8_t *)tile)[((g * PL_GROUP + j) / 4 * lanes + to_lane) * 4 + j % 4] = (int8_t)q;
         }
-        d[g * lanes + lane] = scale;
-        sum32[g * lanes + lane] = scale * (float)(sum[0] + sum[1]);
-        minus32[g * lanes + lane] = -(sum[0] + sum[1]);
-        minus16[2 * g * lanes + lane] = -sum[0];
-        minus16[(2 * g + 1) * lanes + lane] = -sum[1];
+        d[g * lanes + to_lane] = scale;
+        sum32[g * lanes + to_lane] = scale * (float)(sum[0] + sum[1]);
+        minus32[g * lanes + to_lane] = -(sum[0] + sum[1]);
+        minus16[2 * g * lanes + to_lane] = -sum[0];
+        minus16[(2 * g + 1) * lanes + to_lane] = -sum[1];
     }
 }
 
