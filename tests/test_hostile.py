@@ -74,7 +74,8 @@ class _Log(logging.Handler):
 def answer_of(server: ServerThread) -> str:
     """A greedy answer, which has to come soon, whatever else is going on."""
     began = time.monotonic()
-    answer = server.post("/completion", prompt="hello world", n_predict=8, temperature=0, ignore_eos=True)
+    fields = {"prompt": "hello world", "n_predict": 8, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    answer = server.post("/completion", **fields)
     assert time.monotonic() - began < 10
     return answer["content"]
 

@@ -652,7 +652,7 @@ RESULT_CASES: dict[str, Callable[[Ask], bool]] = {
     "model": lambda ask: ask(**TEXT)["model"].endswith("tiny.gguf"),
     "prompt": lambda ask: [ask(**{**TEXT, "prompt": p})["prompt"] for p in ("a", [5, "b"])] == ["a", [5, "b"]],
     "stopped_eos": lambda ask: (
-        [ask(prompt="a", n_predict=9, logit_bias=[[END, bias]])["stopped_eos"] for bias in (500, False)]
+        [ask(**{**TEXT, "ignore_eos": on}, logit_bias=[[END, 500]])["stopped_eos"] for on in (False, True)]
         == [True, False]
     ),
     "stopped_limit": lambda ask: (
