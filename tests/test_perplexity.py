@@ -30,6 +30,15 @@ def test_of_the_gpl(request: pytest.FixtureRequest, name: str, expected: float) 
     model.close()
 
 
+@pytest.mark.skipif(not GPL.exists(), reason="Debian's text of the GPL is not on this system")
+@pytest.mark.parametrize(("kv_type", "cost"), [("q8_0", 0.01), ("q4_0", 0.08)])
+def test_with_quantized_keys_and_values(smollm2_path: Path, kv_type: str, cost: float) -> None:
+    model = load(smollm2_path, n_ctx=512, kv_type=kv_type)
+    *_, last = perplexity(model, GPL.read_text(), 512)
+    assert last.value == pytest.approx(18.39, rel=cost)
+    model.close()
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("perplexity") / "tiny.gguf"

@@ -200,6 +200,28 @@ void pl_kv_get_value(int32_t type, int32_t head_dim, const uint8_t *values, int3
     }
 }
 
+void pl_kv_turn(int32_t key_type, int32_t head_dim, float *x) {
+    if (key_type != PL_KV_Q4_0) {
+        return;
+    }
+    const int32_t n = head_dim & -head_dim; /* the largest power of two that the head is made of */
+    const float scale = 1.0f / sqrtf((float)n);
+    for (float *part = x; part < x + head_dim; part += n) {
+        for (int32_t apart = 1; apart < n; apart *= 2) {
+            for (int32_t i = 0; i < n; i += 2 * apart) {
+                for (int32_t j = i; j < i + apart; j++) {
+                    const float a = part[j], b = part[j + apart];
+                    part[j] = a + b;
+                    part[j + apart] = a - b;
+                }
+            }
+        }
+        for (int32_t i = 0; i < n; i++) {
+            part[i] *= scale;
+        }
+    }
+}
+
 /* ---- copies -------------------------------------------------------------------------------------------------------- */
 
 /* Rotates a token's K by `distance` positions. */
@@ -259,7 +281,9 @@ void pl_kv_copy_run(pl_kv *kv, int32_t layer, const int32_t *src_blocks, int32_t
             uint8_t *to_keys = pl_kv_keys(kv, layer, to_block, head);
             if (frequencies && src_pos != dst_pos) {
                 pl_kv_get_key(kv->key_type, kv->head_dim, keys, from_at, k);
+                pl_kv_turn(kv->key_type, kv->head_dim, k);
                 rotate(k, dst_pos - src_pos, frequencies, n_rotated, rope_kind);
+                pl_kv_turn(kv->key_type, kv->head_dim, k);
                 pl_kv_put_key(kv->key_type, kv->head_dim, to_keys, to_at, k);
             } else if (!same_place) {
                 move_key(kv, keys, from_at, to_keys, to_at);

@@ -49,6 +49,13 @@ static inline int64_t pl_kv_scales(int32_t type, int32_t head_dim) {
     return (int64_t)head_dim * PL_BLOCK_TOKENS / (type == PL_KV_Q4_0 ? 2 : 1);
 }
 
+/*
+ * Keys of 4 bits are kept, and queries compared with them, in a turned basis, in which what single elements stick out by is
+ * shared by many: a Walsh-Hadamard transform, which leaves scores as they are (QuaRot: Ashkboos et al. 2024). In place, and
+ * its own inverse; nothing happens with other types.
+ */
+void pl_kv_turn(int32_t key_type, int32_t head_dim, float *x);
+
 /* One token's K or V of one head, as float[head_dim]; `at` is its place in the block. */
 void pl_kv_put_key(int32_t type, int32_t head_dim, uint8_t *keys, int32_t at, const float *k);
 void pl_kv_put_value(int32_t type, int32_t head_dim, uint8_t *values, int32_t at, const float *v);

@@ -397,7 +397,7 @@ static void rotate(float *x, const float *table, int32_t n, int32_t kind) {
     }
 }
 
-/* One head of one token: norm, rotation, factor. */
+/* One head of one token: norm, rotation, factor, and the basis that keys are kept in. */
 static void prepare_head(const pl_run_state *s, const pl_op *op, float *x, const float *norm, const float *table,
                          float factor, int32_t head_dim) {
     if (norm) {
@@ -409,6 +409,7 @@ static void prepare_head(const pl_run_state *s, const pl_op *op, float *x, const
     for (int32_t i = 0; factor != 1.0f && i < head_dim; i++) {
         x[i] *= factor;
     }
+    pl_kv_turn(s->program->kv->key_type, head_dim, x);
 }
 
 /* Prepares q and k in place, and stores k and v; an item is what a sequence adds to one block, and one group of heads. */
