@@ -764,23 +764,21 @@ const formats = () => {
     ...[1, 2, 3, 4, 5, 6].map((n) => `(?:${group}:){1,${7 - n}}(?::${group}){1,${n}}`),
     `:(?:(?::${group}){1,7}|:)`,
   ].join('|')
-  const label = '[A-Za-z0-9](?:[A-Za-z0-9-]{0,38}[A-Za-z0-9])?'
-  const host = r`(?:${label}\.){0,5}[A-Za-z](?:[A-Za-z0-9-]{0,38}[A-Za-z0-9])?`
-  const names = r`(?:[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*\.)*[A-Za-z][A-Za-z0-9]*(?:-+[A-Za-z0-9]+)*`
+  const label = '[A-Za-z0-9](?:[A-Za-z0-9-]{0,28}[A-Za-z0-9])?'
+  const host = r`(?:${label}\.){0,5}[A-Za-z](?:[A-Za-z0-9-]{0,28}[A-Za-z0-9])?`
   const atext = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
+  const email = r`${atext}{1,30}(?:\.${atext}{1,30})?@${host}`
   const unreserved = "A-Za-z0-9._~!$&'()*+,;=@-"
   const hexByte = '%[0-9A-Fa-f]{2}'
-  const segments = `(?:/(?:[:${unreserved}]|${hexByte})*)*`
-  const query = r`(?:\?(?:[:/?${unreserved}]|${hexByte})*)?(?:#(?:[:/?${unreserved}]|${hexByte})*)?`
-  const uri =
-    `[A-Za-z][A-Za-z0-9+.-]{0,31}:(?://${names}(?::[0-9]{1,5})?${segments}` +
-    `|(?:[:${unreserved}]|${hexByte})+${segments})${query}`
-  const relative = `(?:(?:[${unreserved}]|${hexByte})+${segments}|/(?:(?:[:${unreserved}]|${hexByte})+${segments})?)?`
-  const uriReference = `${uri}|${relative}${query}`
+  const part = `(?:[${unreserved}]|${hexByte}){1,64}`
+  const segment = `(?:[:${unreserved}]|${hexByte}){1,64}`
+  const segments = `(?:/(?:${segment})?){0,8}`
+  const query = r`(?:\?(?:[:/?${unreserved}]|${hexByte}){0,32})?(?:#(?:[:/?${unreserved}]|${hexByte}){0,32})?`
+  const uri = `[A-Za-z][A-Za-z0-9+.-]{0,31}:(?://${host}(?::[0-9]{1,5})?${segments}|${segment}${segments})${query}`
+  const uriReference = `${uri}|(?:${part}${segments}|/(?:${segment}${segments})?)?${query}`
   const pointer = '(?:/(?:[^/~]|~[01])*)*'
   const timed = r`T(?:\d{1,9}H(?:\d{1,9}M(?:\d{1,9}S)?)?|\d{1,9}M(?:\d{1,9}S)?|\d{1,9}S)`
   const days = r`(?:\d{1,9}D|\d{1,9}M(?:\d{1,9}D)?|\d{1,9}Y(?:\d{1,9}M(?:\d{1,9}D)?)?)`
-  const email = r`${atext}+(?:\.${atext}+)*@${names}`
   return new Map(
     Object.entries({
       date,
@@ -803,15 +801,39 @@ const formats = () => {
   )
 }
 const FORMATS = formats()
+
+const simplerFormats = () => {
+  const r = String.raw
+  const uri = r`https?://(?:[a-z0-9]{1,15}\.){1,3}[a-z]{2,6}(?:/[A-Za-z0-9._~-]{0,15}){0,2}`
+  const email = r`[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)+[A-Za-z]+`
+  const hostname = r`(?:[a-z0-9]{1,9}\.){0,3}[a-z]{1,9}`
+  return new Map([
+    ['email', email],
+    ['idn-email', email],
+    ['hostname', hostname],
+    ['uri', uri],
+    ['iri', uri],
+    ['uri-reference', uri],
+    ['iri-reference', uri],
+  ])
+}
+const SIMPLER_FORMATS = simplerFormats()
 const UNKNOWN_LANGUAGES = ['regex', 'idn-hostname', 'uri-template']
 
 // ---- patterns: languages ------------------------------------------------------------------------------------------------
 
 class Language {
-  /** `generous`: the same pattern with all that anybody may hold to match. */
-  constructor(pattern, generous = pattern) {
+  /** `generous`: the same pattern with all that anybody may hold to match; `simpler`: what finds some of the strings, in
+   * fewer states. */
+  constructor(pattern, generous = pattern, simpler = null) {
     this.pattern = pattern
     this.generous = generous
+    this.simpler = simpler
+  }
+
+  /** Some of the strings, if all would take too many states. */
+  simply() {
+    return this.simpler === null ? this : new Language(this.simpler)
   }
 
   /** All strings of which anybody may hold that they belong to it. */
@@ -850,7 +872,10 @@ const formatLanguages = new Map()
 
 function formatLanguage(name) {
   if (!formatLanguages.has(name)) {
-    formatLanguages.set(name, new Language(sequence(START, new PatternReader(FORMATS.get(name)).read(), END)))
+    const read = (source) => sequence(START, new PatternReader(source).read(), END)
+    const pattern = read(FORMATS.get(name))
+    const simpler = SIMPLER_FORMATS.has(name) ? read(SIMPLER_FORMATS.get(name)) : null
+    formatLanguages.set(name, new Language(pattern, pattern, simpler))
   }
   return formatLanguages.get(name)
 }
@@ -1076,15 +1101,18 @@ function written(rules, hint, languages, low, high, anyCharacter, wanted = every
     if (!languages.length) {
       return repeat(anyCharacter, low, high)
     }
-    const [shortest, longest] = languages[0].lengths()
-    if (low <= shortest && (high === null || (longest !== null && longest <= high)) && languages.length === 1) {
-      const direct = writtenDirectly(languages[0].pattern, anyCharacter)
-      if (direct !== null) {
-        return direct
+    for (const language of languages.length === 1 ? [languages[0], languages[0].simply()] : []) {
+      const [shortest, longest] = language.lengths()
+      if (low <= shortest && (high === null || (longest !== null && longest <= high))) {
+        const direct = writtenDirectly(language.pattern, anyCharacter)
+        if (direct !== null) {
+          return direct
+        }
       }
     }
   }
-  return new Product(languages, low, high, wanted).write(rules, hint, anyCharacter)
+  const simple = languages.map((language) => language.simply())
+  return new Product(simple, low, high, wanted).write(rules, hint, anyCharacter)
 }
 
 function writtenDirectly(pattern, anyCharacter) {
@@ -2008,7 +2036,9 @@ class Converter {
   }
 
   satisfies(value, term, perhaps = false) {
-    return (term.values === null || term.values.some((v) => keyOf(v) === keyOf(value))) && this.fits(value, term, perhaps)
+    return (
+      (term.values === null || term.values.some((v) => keyOf(v) === keyOf(value))) && this.fits(value, term, perhaps)
+    )
   }
 
   /** The same of one of the term's own values. */

@@ -317,25 +317,21 @@ _IPV6 = "|".join(
     + [f"(?:{_GROUP}:){{1,{7 - n}}}(?::{_GROUP}){{1,{n}}}" for n in range(1, 7)]
     + [f":(?:(?::{_GROUP}){{1,7}}|:)"]
 )
-_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,38}[A-Za-z0-9])?"
-_HOST = rf"(?:{_LABEL}\.){{0,5}}[A-Za-z](?:[A-Za-z0-9-]{{0,38}}[A-Za-z0-9])?"
-_NAMES = "(?:[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*\\.)*[A-Za-z][A-Za-z0-9]*(?:-+[A-Za-z0-9]+)*"
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,28}[A-Za-z0-9])?"
+_HOST = rf"(?:{_LABEL}\.){{0,5}}[A-Za-z](?:[A-Za-z0-9-]{{0,28}}[A-Za-z0-9])?"
 _ATEXT = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
+_EMAIL = rf"{_ATEXT}{{1,30}}(?:\.{_ATEXT}{{1,30}})?@{_HOST}"
 _UNRESERVED = r"A-Za-z0-9._~!$&'()*+,;=@-"
 _HEX_BYTE = "%[0-9A-Fa-f]{2}"
-_SEGMENTS = f"(?:/(?:[:{_UNRESERVED}]|{_HEX_BYTE})*)*"
-_QUERY = rf"(?:\?(?:[:/?{_UNRESERVED}]|{_HEX_BYTE})*)?(?:#(?:[:/?{_UNRESERVED}]|{_HEX_BYTE})*)?"
-_URI = (
-    f"[A-Za-z][A-Za-z0-9+.-]{{0,31}}:(?://{_NAMES}(?::[0-9]{{1,5}})?{_SEGMENTS}"
-    f"|(?:[:{_UNRESERVED}]|{_HEX_BYTE})+{_SEGMENTS}){_QUERY}"
-)
-_RELATIVE = (
-    f"(?:(?:[{_UNRESERVED}]|{_HEX_BYTE})+{_SEGMENTS}|/(?:(?:[:{_UNRESERVED}]|{_HEX_BYTE})+{_SEGMENTS})?)?"
-)
+_PART = f"(?:[{_UNRESERVED}]|{_HEX_BYTE}){{1,64}}"
+_SEGMENT = f"(?:[:{_UNRESERVED}]|{_HEX_BYTE}){{1,64}}"
+_SEGMENTS = f"(?:/(?:{_SEGMENT})?){{0,8}}"
+_QUERY = rf"(?:\?(?:[:/?{_UNRESERVED}]|{_HEX_BYTE}){{0,32}})?(?:#(?:[:/?{_UNRESERVED}]|{_HEX_BYTE}){{0,32}})?"
+_URI = f"[A-Za-z][A-Za-z0-9+.-]{{0,31}}:(?://{_HOST}(?::[0-9]{{1,5}})?{_SEGMENTS}|{_SEGMENT}{_SEGMENTS}){_QUERY}"
+_RELATIVE = f"(?:{_PART}{_SEGMENTS}|/(?:{_SEGMENT}{_SEGMENTS})?)?"
 _POINTER = "(?:/(?:[^/~]|~[01])*)*"
 _TIMED = r"T(?:\d{1,9}H(?:\d{1,9}M(?:\d{1,9}S)?)?|\d{1,9}M(?:\d{1,9}S)?|\d{1,9}S)"
 _DAYS = r"(?:\d{1,9}D|\d{1,9}M(?:\d{1,9}D)?|\d{1,9}Y(?:\d{1,9}M(?:\d{1,9}D)?)?)"
-_EMAIL = rf"{_ATEXT}+(?:\.{_ATEXT}+)*@{_NAMES}"
 
 FORMATS = {
     "date": _DATE,
@@ -355,7 +351,19 @@ FORMATS = {
     "json-pointer": _POINTER,
     "relative-json-pointer": f"(?:0|[1-9]{{1,9}})(?:#|{_POINTER})",
 }
-"""Patterns of whole strings."""
+"""Patterns of whole strings. Mail addresses and URIs are short enough for the limits that schemas usually set."""
+_SHORT_URI = r"https?://(?:[a-z0-9]{1,15}\.){1,3}[a-z]{2,6}(?:/[A-Za-z0-9._~-]{0,15}){0,2}"
+_SHORT_EMAIL = r"[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)+[A-Za-z]+"
+SIMPLER_FORMATS = {
+    "email": _SHORT_EMAIL,
+    "idn-email": _SHORT_EMAIL,
+    "hostname": r"(?:[a-z0-9]{1,9}\.){0,3}[a-z]{1,9}",
+    "uri": _SHORT_URI,
+    "iri": _SHORT_URI,
+    "uri-reference": _SHORT_URI,
+    "iri-reference": _SHORT_URI,
+}
+"""Some strings of the formats that would take too many states to be combined with anything."""
 UNKNOWN_LANGUAGES = ("regex", "idn-hostname", "uri-template")
 """Formats that mean something which no pattern here says."""
 
@@ -370,10 +378,16 @@ class Language:
     pattern: Pattern
     generous: Pattern
     """The same pattern with all that anybody may hold to match."""
+    simpler: Pattern | None = None
+    """What finds some of the strings, in fewer states."""
 
     def generously(self) -> Language:
         """All strings of which anybody may hold that they belong to it."""
         return Language(self.generous, self.generous)
+
+    def simply(self) -> Language:
+        """Some of the strings, if all would take too many states."""
+        return self if self.simpler is None else Language(self.simpler, self.simpler)
 
     def automaton(self) -> _Automaton:
         return _automaton_of(self.pattern)
@@ -406,8 +420,11 @@ def pattern_language(source: str) -> Language:
 @cache
 def format_language(name: str) -> Language:
     """The strings of one of :data:`FORMATS`, or most of them."""
-    pattern = sequence(START, _Reader(FORMATS[name]).read(), END)
-    return Language(pattern, pattern)
+    pattern, simpler = (
+        sequence(START, _Reader(formats[name]).read(), END) if name in formats else None
+        for formats in (FORMATS, SIMPLER_FORMATS)
+    )
+    return Language(pattern, pattern, simpler)
 
 
 def names_language(names: Seq[str]) -> Language:
@@ -619,12 +636,15 @@ def written(
     if wanted is all:
         if not languages:
             return repeat(any_character, low, high)
-        shortest, longest = languages[0].lengths()
-        if low <= shortest and (high is None or (longest is not None and longest <= high)) and len(languages) == 1:
-            direct = _written_directly(languages[0].pattern, any_character)
-            if direct is not None:
-                return direct
-    return _Product(languages, low, high, wanted).write(rules, hint, any_character)
+        if len(languages) == 1:
+            for language in (languages[0], languages[0].simply()):
+                shortest, longest = language.lengths()
+                if low <= shortest and (high is None or (longest is not None and longest <= high)):
+                    direct = _written_directly(language.pattern, any_character)
+                    if direct is not None:
+                        return direct
+    simple = [language.simply() for language in languages]
+    return _Product(simple, low, high, wanted).write(rules, hint, any_character)
 
 
 def _written_directly(pattern: Pattern, any_character: Rule) -> Expression | None:
