@@ -804,13 +804,19 @@ const FORMATS = formats()
 
 const simplerFormats = () => {
   const r = String.raw
-  const uri = r`https?://(?:[a-z0-9]{1,15}\.){1,3}[a-z]{2,6}(?:/[A-Za-z0-9._~-]{0,15}){0,2}`
-  const email = r`[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)+[A-Za-z]+`
-  const hostname = r`(?:[a-z0-9]{1,9}\.){0,3}[a-z]{1,9}`
+  const host = r`(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)*[A-Za-z]+(?:-[A-Za-z0-9]+)*`
+  const uri = [
+    r`https?://(?:[a-z0-9]{1,15}\.){1,3}[a-z]{2,6}(?:/[A-Za-z0-9._~-]{0,15}){0,2}`,
+    r`[A-Za-z]+://${host}(?::[0-9]+)?(?:/[A-Za-z0-9._~-]*)*(?:\?[A-Za-z0-9=&._~-]*)?`,
+  ]
+  const email = [
+    r`[A-Za-z0-9]{1,20}(?:[._+-][A-Za-z0-9]{1,20})?@(?:[A-Za-z0-9]{1,15}\.){1,2}[A-Za-z]{2,6}`,
+    `[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@${host}`,
+  ]
   return new Map([
     ['email', email],
     ['idn-email', email],
-    ['hostname', hostname],
+    ['hostname', [r`(?:[a-z0-9]{1,9}\.){0,3}[a-z]{1,9}`]],
     ['uri', uri],
     ['iri', uri],
     ['uri-reference', uri],
@@ -823,17 +829,17 @@ const UNKNOWN_LANGUAGES = ['regex', 'idn-hostname', 'uri-template']
 // ---- patterns: languages ------------------------------------------------------------------------------------------------
 
 class Language {
-  /** `generous`: the same pattern with all that anybody may hold to match; `simpler`: what finds some of the strings, in
-   * fewer states. */
-  constructor(pattern, generous = pattern, simpler = null) {
+  /** `generous`: the same pattern with all that anybody may hold to match; `simpler`: patterns that find some of the strings
+   * only, the last one in few states. */
+  constructor(pattern, generous = pattern, simpler = []) {
     this.pattern = pattern
     this.generous = generous
     this.simpler = simpler
   }
 
-  /** Some of the strings, if all would take too many states. */
-  simply() {
-    return this.simpler === null ? this : new Language(this.simpler)
+  /** The whole, and parts of it that are simpler. */
+  parts() {
+    return [this, ...this.simpler.map((pattern) => new Language(pattern))]
   }
 
   /** All strings of which anybody may hold that they belong to it. */
@@ -874,8 +880,7 @@ function formatLanguage(name) {
   if (!formatLanguages.has(name)) {
     const read = (source) => sequence(START, new PatternReader(source).read(), END)
     const pattern = read(FORMATS.get(name))
-    const simpler = SIMPLER_FORMATS.has(name) ? read(SIMPLER_FORMATS.get(name)) : null
-    formatLanguages.set(name, new Language(pattern, pattern, simpler))
+    formatLanguages.set(name, new Language(pattern, pattern, (SIMPLER_FORMATS.get(name) ?? []).map(read)))
   }
   return formatLanguages.get(name)
 }
@@ -1101,7 +1106,7 @@ function written(rules, hint, languages, low, high, anyCharacter, wanted = every
     if (!languages.length) {
       return repeat(anyCharacter, low, high)
     }
-    for (const language of languages.length === 1 ? [languages[0], languages[0].simply()] : []) {
+    for (const language of languages.length === 1 ? languages[0].parts() : []) {
       const [shortest, longest] = language.lengths()
       if (low <= shortest && (high === null || (longest !== null && longest <= high))) {
         const direct = writtenDirectly(language.pattern, anyCharacter)
@@ -1111,7 +1116,7 @@ function written(rules, hint, languages, low, high, anyCharacter, wanted = every
       }
     }
   }
-  const simple = languages.map((language) => language.simply())
+  const simple = languages.map((language) => language.parts().at(-1))
   return new Product(simple, low, high, wanted).write(rules, hint, anyCharacter)
 }
 

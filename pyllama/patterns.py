@@ -353,17 +353,20 @@ FORMATS = {
 }
 """Patterns of whole strings. Mail addresses and URIs are short enough for the limits that schemas usually set."""
 _SHORT_URI = r"https?://(?:[a-z0-9]{1,15}\.){1,3}[a-z]{2,6}(?:/[A-Za-z0-9._~-]{0,15}){0,2}"
-_SHORT_EMAIL = r"[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)+[A-Za-z]+"
+_SIMPLE_HOST = r"(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)*[A-Za-z]+(?:-[A-Za-z0-9]+)*"
+_SIMPLE_URI = rf"[A-Za-z]+://{_SIMPLE_HOST}(?::[0-9]+)?(?:/[A-Za-z0-9._~-]*)*(?:\?[A-Za-z0-9=&._~-]*)?"
+_SHORT_EMAIL = r"[A-Za-z0-9]{1,20}(?:[._+-][A-Za-z0-9]{1,20})?@(?:[A-Za-z0-9]{1,15}\.){1,2}[A-Za-z]{2,6}"
+_SIMPLE_EMAIL = f"[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@{_SIMPLE_HOST}"
 SIMPLER_FORMATS = {
-    "email": _SHORT_EMAIL,
-    "idn-email": _SHORT_EMAIL,
-    "hostname": r"(?:[a-z0-9]{1,9}\.){0,3}[a-z]{1,9}",
-    "uri": _SHORT_URI,
-    "iri": _SHORT_URI,
-    "uri-reference": _SHORT_URI,
-    "iri-reference": _SHORT_URI,
+    "email": (_SHORT_EMAIL, _SIMPLE_EMAIL),
+    "idn-email": (_SHORT_EMAIL, _SIMPLE_EMAIL),
+    "hostname": (r"(?:[a-z0-9]{1,9}\.){0,3}[a-z]{1,9}",),
+    "uri": (_SHORT_URI, _SIMPLE_URI),
+    "iri": (_SHORT_URI, _SIMPLE_URI),
+    "uri-reference": (_SHORT_URI, _SIMPLE_URI),
+    "iri-reference": (_SHORT_URI, _SIMPLE_URI),
 }
-"""Some strings of the formats that would take too many states to be combined with anything."""
+"""Some strings of formats that would take too many states to be combined with anything; the last one takes few."""
 UNKNOWN_LANGUAGES = ("regex", "idn-hostname", "uri-template")
 """Formats that mean something which no pattern here says."""
 
@@ -378,16 +381,16 @@ class Language:
     pattern: Pattern
     generous: Pattern
     """The same pattern with all that anybody may hold to match."""
-    simpler: Pattern | None = None
-    """What finds some of the strings, in fewer states."""
+    simpler: tuple[Pattern, ...] = ()
+    """What finds some of the strings only; the last one in few states."""
 
     def generously(self) -> Language:
         """All strings of which anybody may hold that they belong to it."""
         return Language(self.generous, self.generous)
 
-    def simply(self) -> Language:
-        """Some of the strings, if all would take too many states."""
-        return self if self.simpler is None else Language(self.simpler, self.simpler)
+    def parts(self) -> list[Language]:
+        """The whole, and parts of it that are simpler."""
+        return [self, *(Language(pattern, pattern) for pattern in self.simpler)]
 
     def automaton(self) -> _Automaton:
         return _automaton_of(self.pattern)
@@ -420,11 +423,10 @@ def pattern_language(source: str) -> Language:
 @cache
 def format_language(name: str) -> Language:
     """The strings of one of :data:`FORMATS`, or most of them."""
-    pattern, simpler = (
-        sequence(START, _Reader(formats[name]).read(), END) if name in formats else None
-        for formats in (FORMATS, SIMPLER_FORMATS)
+    pattern, *simpler = (
+        sequence(START, _Reader(source).read(), END) for source in (FORMATS[name], *SIMPLER_FORMATS.get(name, ()))
     )
-    return Language(pattern, pattern, simpler)
+    return Language(pattern, pattern, tuple(simpler))
 
 
 def names_language(names: Seq[str]) -> Language:
@@ -637,13 +639,13 @@ def written(
         if not languages:
             return repeat(any_character, low, high)
         if len(languages) == 1:
-            for language in (languages[0], languages[0].simply()):
+            for language in languages[0].parts():
                 shortest, longest = language.lengths()
                 if low <= shortest and (high is None or (longest is not None and longest <= high)):
                     direct = _written_directly(language.pattern, any_character)
                     if direct is not None:
                         return direct
-    simple = [language.simply() for language in languages]
+    simple = [language.parts()[-1] for language in languages]
     return _Product(simple, low, high, wanted).write(rules, hint, any_character)
 
 

@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator
 from pyllama import Llama
 from pyllama.grammar import Grammar
 from pyllama.json_schema import JSON_OBJECT, JSON_VALUE, SchemaError, to_gbnf
+from pyllama.patterns import FORMATS
 from tests.gbnf_reader import Gbnf
 from tests.random_schemas import random_schema
 from tests.tiny_models import make_llama
@@ -258,6 +259,23 @@ def test_what_matches(schema, matching, others):
         assert text in ("x", "", "[1,]") or "format" in schema or not validator.is_valid(json.loads(text)), text
     for text in others[where + 1 :]:
         assert not matches(grammar, text), text
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("limits", [{}, {"minLength": 1, "maxLength": 2083}, {"maxLength": 60}, {"pattern": "[1-9a]"}], ids=str)
+def test_formats(name, limits):
+    """What grammars make of formats, alone and combined, the format's own checker takes for one."""
+    assert name in FORMAT_CHECKER.checkers
+    schema = {"type": "string", "format": name, **limits}
+    if "pointer" in name and "minLength" in limits:
+        schema["maxLength"] = 99  # they have no bound of their own: each length takes states
+    grammar = to_gbnf(schema)
+    validator = Draft202012Validator(schema, format_checker=FORMAT_CHECKER)
+    reader, rng = Gbnf(grammar), random.Random(1)
+    texts = {reader.draw(rng, budget) for budget in (10, 100) for _ in range(20)}
+    assert len(texts) > 5
+    for text in texts:
+        validator.validate(json.loads(text))
 
 
 def test_older_drafts():
