@@ -24,6 +24,7 @@ from pyllama.kv_cache import KVCache
 from pyllama.models import Model, SequenceInput
 from pyllama.sampling import Sample, Sampler, SamplingParams
 from pyllama.scheduler import Chunk, ContextFull, Scheduler, Sequence, truncated
+from pyllama.speculation import LookupSpeculation
 
 __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "Token"]
 
@@ -77,6 +78,10 @@ class Timings:
     prompt_ms: float
     predicted_n: int
     predicted_ms: float
+    draft_n: int = 0
+    """Tokens that were guessed,"""
+    draft_n_accepted: int = 0
+    """and of these the ones that sampling gave too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +239,9 @@ class _Job:
         self.request = stream.request
         self.truncated = False
         self.scores: list[Sample] = []
-        self.n_predicted = 0
+        self.n_predicted = self.n_guessed = self.n_guessed_right = 0
+        self.n_tokens = 0  # of the sequence at the last guess
+        self.speculation: LookupSpeculation | None = None
         self.started = self.first_token = 0.0
 
 
@@ -245,17 +252,21 @@ class Engine:
         model: the engine's alone from now on.
         n_slots: requests that are worked on at a time.
         continuous: let a new request join while others run; otherwise it waits until they have ended.
+        n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. A model that can run
+            ``n_slots * (1 + n_lookup)`` sequences has room for all of them.
 
     Raises:
         ValueError: there are more slots than the model can run, or its context is tiny.
     """
 
-    def __init__(self, model: Model, n_slots: int = 1, *, continuous: bool = True) -> None:
+    def __init__(self, model: Model, n_slots: int = 1, *, continuous: bool = True, n_lookup: int = 0) -> None:
         if not 1 <= n_slots <= model.max_sequences:
             raise ValueError(f"n_slots is {n_slots}; 1 to {model.max_sequences} are possible")
         if model.n_ctx < _LEAST_CONTEXT:
             raise ValueError(f"a context of {model.n_ctx} tokens is too small; at least {_LEAST_CONTEXT} are needed")
-        self.model, self.n_slots, self.continuous = model, n_slots, continuous
+        if n_lookup < 0:
+            raise ValueError(f"n_lookup is {n_lookup}; it cannot be negative")
+        self.model, self.n_slots, self.continuous, self.n_lookup = model, n_slots, continuous, n_lookup
         self._start_afresh()
         self._outbox: list[tuple[Stream, Token | Done]] = []
         self._wake = threading.Condition()  # guards the next four
@@ -289,6 +300,8 @@ class Engine:
         stream, tokenizer = Stream(self, request), self.model.tokenizer
         sampler = Sampler(request.sampling, tokenizer, request.prompt, self.model.n_ctx)
         job = _Job(stream, sampler, _Text(tokenizer.stream_decoder(), request.stop))
+        if self.n_lookup:
+            job.speculation = LookupSpeculation(self.n_lookup)
         with self._wake:
             if self._closing:
                 raise EngineClosed("the engine has been closed")
@@ -421,6 +434,8 @@ class Engine:
 
     def _step(self) -> None:
         """One batch: schedule, run, sample."""
+        if self.n_lookup:
+            self._guess()
         try:
             chunks = self._scheduler.schedule()
         except ContextFull as full:
@@ -438,8 +453,20 @@ class Engine:
         if states:
             self._run(states, hidden=True)
 
+    def _guess(self) -> None:
+        for sequence in self._scheduler.running:
+            if sequence.generating and sequence.n_waiting == 1:
+                job: _Job = sequence.owner
+                n_left = job.request.n_predict - job.n_predicted - 1 if job.request.n_predict > 0 else self.n_lookup
+                # A full context is going to be shifted, and then other tokens come before the guess.
+                most = min(n_left, self.n_lookup, self.model.n_ctx - sequence.n_evaluated - 1)
+                if len(sequence.tokens) < job.n_tokens:
+                    job.speculation.forget()
+                job.n_tokens = len(sequence.tokens)
+                sequence.guess = job.speculation.guess(sequence.tokens, most) if most > 0 else []
+
     def _run(self, chunks: list[Chunk], *, hidden: bool = False) -> None:
-        inputs = [self._input(chunk) for chunk in chunks]
+        inputs = [item for chunk in chunks for item in self._inputs(chunk)]
         before = time.perf_counter()
         try:
             rows = self.model.run(inputs, hidden=hidden)
@@ -449,17 +476,18 @@ class Engine:
             return
         self._scheduler.advance(chunks, time.perf_counter() - before)
         n_rows = 0
-        for chunk, item in zip(chunks, inputs):
+        for chunk in chunks:
             job: _Job = chunk.sequence.owner
             if not job.started:
                 job.started, job.stream.slot_id = before, chunk.sequence.slot
-            if item.outputs:
+            if chunk.is_last:
                 row = rows[n_rows]
                 n_rows += 1
                 if hidden:
                     self._end(chunk.sequence, "limit", embedding=row.copy())
-                else:
-                    self._sample(chunk.sequence, job, row)
+                elif self._sample(chunk.sequence, job, row) and chunk.guess:
+                    self._sample_guessed(chunk, job, rows[n_rows : n_rows + len(chunk.guess)])
+                n_rows += len(chunk.guess)
 
     def _score(self, chunk: Chunk) -> None:
         """Evaluates a part of a prompt, a few tokens at a time, and notes how likely each of the next ones was."""
@@ -487,28 +515,48 @@ class Engine:
             self._sample(sequence, job, rows[-1])
 
     @staticmethod
-    def _input(chunk: Chunk) -> SequenceInput:
+    def _inputs(chunk: Chunk) -> list[SequenceInput]:
         s = chunk.sequence
         tokens = s.tokens[s.n_evaluated : s.n_evaluated + chunk.n]
-        return SequenceInput(tokens, s.n_evaluated, s.table.blocks, 1 if chunk.is_last else 0)
+        first = SequenceInput(tokens, s.n_evaluated, s.table.blocks, 1 if chunk.is_last else 0)
+        if not chunk.guess:
+            return [first]
+        # As sequences of one token each: so every row is computed as it would be alone, to the last bit. Each sees those
+        # before it, since a layer stores all keys and values of a batch before it attends to them.
+        after = s.n_evaluated + chunk.n
+        return [first, *(SequenceInput([t], after + i, s.table.blocks, 1) for i, t in enumerate(chunk.guess))]
 
-    def _sample(self, sequence: Sequence, job: _Job, logits: np.ndarray) -> None:
-        """Takes a token and sends the text that it brings."""
+    def _sample_guessed(self, chunk: Chunk, job: _Job, rows: np.ndarray) -> None:
+        """Goes on sampling for as long as the guess was right."""
+        sequence, n_right = chunk.sequence, 0
+        job.n_guessed += len(chunk.guess)
+        for token, row in zip(chunk.guess, rows):
+            if sequence.tokens[-1] != token:
+                break
+            n_right += 1
+            job.n_guessed_right += 1
+            self._scheduler.accept(sequence)
+            if not self._sample(sequence, job, row):
+                break
+        job.speculation.judge(len(chunk.guess), n_right)
+
+    def _sample(self, sequence: Sequence, job: _Job, logits: np.ndarray) -> bool:
+        """Takes a token and sends the text that it brings; False: the sequence has ended."""
         if not sequence.generating:
             sequence.generating = True
             job.first_token = time.perf_counter()
         n_predict, tokenizer = job.request.n_predict, self.model.tokenizer
         if n_predict == 0:
             self._end(sequence, "limit")
-            return
+            return False
         try:
             sample = job.sampler.sample(logits[: tokenizer.n_vocab])  # files may pad the vocabulary
         except Exception as error:  # e.g. a grammar that no token fits: this request's own problem
             self._end(sequence, "error", error=str(error))
-            return
+            return False
         if sample.token in tokenizer.eog_ids:
             self._end(sequence, "eos")
-            return
+            return False
         sequence.tokens.append(sample.token)
         job.n_predicted += 1
         event, stream = job.text.push(sample), job.stream
@@ -522,6 +570,9 @@ class Engine:
             self._end(sequence, "limit")
         elif stream._events.qsize() >= _MOST_UNREAD and not stream._wanted_whole:
             self._end(sequence, "error", error="nobody reads this stream")
+        else:
+            return True
+        return False
 
     def _end(
         self, sequence: Sequence, reason: str, *, error: str | None = None, embedding: np.ndarray | None = None
@@ -556,6 +607,8 @@ class Engine:
                 1e3 * ((job.first_token or ended) - (job.started or ended)),
                 job.n_predicted,
                 1e3 * (ended - job.first_token) if job.first_token else 0.0,
+                job.n_guessed,
+                job.n_guessed_right,
             ),
             slot_id=max(sequence.slot, 0),
             error=error,

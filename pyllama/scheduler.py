@@ -36,6 +36,7 @@ class ContextFull(RuntimeError):
 class _Model(Protocol):
     n_ctx: int
     n_batch: int
+    max_sequences: int
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +62,8 @@ class Sequence:
     """Tokens evaluated before the first one was generated."""
     generating: bool = False
     """The prompt has been evaluated once, and a token been generated."""
+    guess: list[int] = field(default_factory=list)
+    """What may follow the tokens."""
     shifted: bool = False
     number: int = 0
     """Order of arrival."""
@@ -79,6 +82,8 @@ class Chunk:
     n: int
     is_last: bool
     """No token waits after them."""
+    guess: list[int] = field(default_factory=list)
+    """Tokens after the last one, to be evaluated as well: they may be what is going to be sampled."""
 
 
 def truncated(prompt: list[int], n_keep: int, n_ctx: int) -> list[int]:
@@ -174,7 +179,32 @@ class Scheduler:
                 chunks.append(Chunk(sequence, 1, True))
         if len(chunks) < len(self.running):
             self._add_prompts(chunks)
+        else:
+            self._add_guesses(chunks)
         return [chunk for chunk in chunks if chunk.sequence in self.running]
+
+    def _add_guesses(self, chunks: list[Chunk]) -> None:
+        """Fills the batch up with guesses, as far as blocks for them can be had without taking others'."""
+        room = 0
+        for chunk in chunks:
+            if chunk.sequence.guess:
+                room = room or min(self.model.n_batch, self.model.max_sequences) - len(chunks)
+                self._add_guess(chunk, room)
+                room -= len(chunk.guess)
+                if room <= 0:
+                    return
+
+    def _add_guess(self, chunk: Chunk, room: int) -> None:
+        sequence = chunk.sequence
+        n_evaluated = sequence.n_evaluated + 1
+        guess = sequence.guess[: min(room, self.model.n_ctx - n_evaluated)]
+        if guess and self.cache.reserve(sequence.table, n_evaluated + len(guess)):
+            chunk.guess = guess
+
+    def accept(self, sequence: Sequence) -> None:
+        """Counts the first token of the rest of a guess as evaluated: sampling gave the same one."""
+        sequence.n_evaluated += 1
+        self.cache.commit(sequence.table, sequence.tokens, sequence.n_evaluated)
 
     def _add_prompts(self, chunks: list[Chunk]) -> None:
         """Fills the batch up with chunks of prompts, or of what was preempted, in order of arrival."""
@@ -251,9 +281,10 @@ class Scheduler:
         Args:
             seconds: what the run took.
         """
-        n_prompt = n_streams = 0
+        n_prompt = n_streams = n_guessed = 0
         for chunk in chunks:
             sequence = chunk.sequence
+            n_guessed += len(chunk.guess)
             if not sequence.generating:
                 sequence.n_prompt_run += chunk.n
             if sequence.generating and sequence.n_waiting == 1:
@@ -262,6 +293,8 @@ class Scheduler:
                 n_prompt += chunk.n
             sequence.n_evaluated += chunk.n
             self.cache.commit(sequence.table, sequence.tokens, sequence.n_evaluated)
+        if n_guessed:
+            return
         if n_prompt == 0:
             # A running mean, which one interrupted step does not throw off.
             mean = self._step_seconds or seconds

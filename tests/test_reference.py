@@ -463,6 +463,19 @@ def _(serve, _folder):
         assert "try again" in server.refused("/completion", TEXT, 429)
 
 
+@shows("--lookup", "--draft", "--draft-max")
+def _(serve, _folder):
+    again = {**GREEDY, "n_predict": 100, "grammar": 'root ::= "abcdefgh "*'}
+    contents, accepted = set(), []
+    for flags in ((), ("--draft", 4), ("--lookup", "--draft-max", 1), ("--lookup",)):
+        with serve(*flags) as server:
+            answer = server.post("/completion", **again)
+        contents.add(answer["content"])
+        accepted.append(answer["timings"].get("draft_n_accepted", 0))
+    assert len(contents) == 1
+    assert accepted[0] == accepted[1] == 0 < accepted[2] <= 50 < accepted[3]
+
+
 def test_flags_without_effect(model_path):
     """Each says so in one clear line at the start, and the server runs all the same."""
     values = {flag.names[-1]: "1" for flag in FLAGS if flag.missing}

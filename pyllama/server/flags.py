@@ -60,6 +60,8 @@ class Settings:
     api_key_file: tuple[str, ...]
     queue: int
     """Requests that may wait for a slot."""
+    lookup: bool
+    draft_max: int
     log_format: str
     verbose: bool
     n_gpu_layers: int | None
@@ -351,6 +353,14 @@ FLAGS = (
         64,
         _integer(0, 1024),
     ),
+    Flag(
+        ("--lookup",),
+        "LLAMA_ARG_LOOKUP",
+        "guess tokens from what followed the same ones before, and check several in a step",
+        False,
+        bool,
+    ),
+    Flag(("--draft", "--draft-max"), "LLAMA_ARG_DRAFT_MAX", "most tokens of a guess", 8, _integer(1, 64)),
     Flag(("--log-format",), "LLAMA_ARG_LOG_FORMAT", "text or json", "text", _choice("text", "json"), "FORMAT"),
     Flag(("-v", "--verbose"), "LLAMA_ARG_VERBOSE", "log more", False, bool),
     Flag(

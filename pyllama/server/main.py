@@ -88,6 +88,7 @@ class Program:
     def _load(self) -> None:
         s = self.settings
         path = s.model
+        n_lookup = s.draft_max if s.lookup else 0
         try:
             path = path or pull.path_of()
             log.info("loading %s", path)
@@ -99,14 +100,14 @@ class Program:
                 n_threads=s.threads,
                 n_threads_batch=s.threads_batch,
                 n_batch=s.batch_size,
-                max_sequences=s.parallel,
+                max_sequences=s.parallel * (1 + n_lookup),
                 kv_type=s.kv_type,
                 mmap=not s.no_mmap,
                 mlock=s.mlock,
                 rope=_rope_options(s),
                 progress=progress_line(path.name),
             )
-            self._engine = Engine(model, s.parallel, continuous=s.cont_batching)
+            self._engine = Engine(model, s.parallel, continuous=s.cont_batching, n_lookup=n_lookup)
             self.service.start(self._engine, chat_template=s.chat_template)
         except OSError as error:
             self._fail(f"{path} cannot be loaded: {error.strerror or error}")

@@ -191,6 +191,8 @@ def timings(done: Done) -> dict[str, float]:
         numbers[f"{kind}_n"] = n
         numbers[f"{kind}_per_second"] = 1e3 * n / ms if ms else 0.0
         numbers[f"{kind}_per_token_ms"] = ms / n if n else 0.0
+    if done.timings.draft_n:
+        numbers |= {"draft_n": done.timings.draft_n, "draft_n_accepted": done.timings.draft_n_accepted}
     return numbers
 
 
