@@ -48,6 +48,9 @@ class LlamaGrammar(str):
         is not JSON."""
         return cls(to_gbnf(json.loads(json_schema)))
 
+_LOOKUP_TOKENS = 8
+"""Most tokens of a guess."""
+
 
 class Llama:
     """A model, loaded and ready.
@@ -70,6 +73,8 @@ class Llama:
         yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow: YaRN's parameters; -1: as the file says.
         yarn_orig_ctx: tokens of context before YaRN stretches it; 0: as the file says.
         chat_template: Jinja2 source that replaces the model's own.
+        draft_model: ``lookup`` guesses tokens from what followed the same ones before, and checks several in a step; answers
+            do not change.
         embedding: for programs written for llama-cpp-python; embeddings need no preparation here.
         verbose: tell on standard error what was loaded, and what each call took.
 
@@ -104,9 +109,13 @@ class Llama:
         yarn_beta_slow: float = -1.0,
         yarn_orig_ctx: int = 0,
         chat_template: str | None = None,
+        draft_model: str | None = None,
         embedding: bool = False,
         verbose: bool = False,
     ) -> None:
+        if draft_model not in (None, "lookup"):
+            raise ValueError(f"draft_model is {draft_model!r}; only 'lookup' is possible")
+        n_lookup = _LOOKUP_TOKENS if draft_model else 0
         path = pull.path_of() if model_path is None else model_path
         self.model_path = os.fspath(path)
         self.model = load(
@@ -115,7 +124,7 @@ class Llama:
             n_batch=n_batch,
             n_threads=n_threads,
             n_threads_batch=n_threads_batch,
-            max_sequences=n_parallel,
+            max_sequences=n_parallel * (1 + n_lookup),
             kv_type=(_kv_type(type_k), _kv_type(type_v)),
             mmap=use_mmap,
             mlock=use_mlock,
@@ -133,7 +142,7 @@ class Llama:
         self._template: ChatTemplate | None = None
         if chat_template is not None:
             self._template = ChatTemplate.of(self.model.tokenizer, chat_template)
-        self.engine = Engine(self.model, n_parallel)
+        self.engine = Engine(self.model, n_parallel, n_lookup=n_lookup)
         self._seed = seed
         self._verbose = verbose
         if verbose:

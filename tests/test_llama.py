@@ -393,3 +393,15 @@ def test_a_model_that_begins_texts_with_a_token(tmp_path: Path) -> None:
         assert gemma.tokenize("hello", add_bos=False)[0] != 2
         assert list(gemma.chat_tokens(TALK[1:])).count(2) == 1
         assert gemma("hello", max_tokens=3)["usage"]["prompt_tokens"] == len(gemma.tokenize("hello"))
+
+
+def test_lookup_changes_no_answer(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    make_llama(path)
+    prompt, options = "hello world " * 6, {"max_tokens": 60, "temperature": 0.0}
+    with Llama(path) as plain, Llama(path, draft_model="lookup") as guessing:
+        expected, got = (llama(prompt, **options)["choices"][0]["text"] for llama in (plain, guessing))
+        assert got == expected
+        assert guessing.engine.n_lookup and not plain.engine.n_lookup
+    with pytest.raises(ValueError, match="draft_model is 'x'"):
+        Llama(path, draft_model="x")
