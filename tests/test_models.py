@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,23 @@ def test_token_by_token_is_the_same(model: Model) -> None:
     for i, token in enumerate(TOKENS):
         row = model.run([SequenceInput([token], i, blocks, 1)])[0]
         np.testing.assert_allclose(row, whole[i], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [tiny_models.make_llama, tiny_models.make_gemma3])
+def test_the_division_into_runs_changes_no_bit(make: Callable[..., None], tmp_path: Path) -> None:
+    """Quantized weights and halves in the cache: what a token gets must not depend on how many others are in its run."""
+    path = tmp_path / "tiny.gguf"
+    make(path, n_embd=64, n_ff=128, quant="Q8_0")
+    model = load(path, n_ctx=256)
+    tokens = (TOKENS * 3)[:120]
+    blocks = blocks_for(len(tokens))
+    whole = model.run([SequenceInput(tokens, 0, blocks, 1)]).copy()
+    for sizes in ([1] * 120, [119, 1], [60, 60], [2] * 60, [45, 15, 60], [33, 32, 31, 24], [112, 8], [5] * 24):
+        n_past = 0
+        for size in sizes:
+            rows = model.run([SequenceInput(tokens[n_past : n_past + size], n_past, blocks, 1)])
+            n_past += size
+        np.testing.assert_array_equal(rows, whole, err_msg=str(sizes))
 
 
 def test_a_batch_of_sequences_is_each_alone(model: Model) -> None:

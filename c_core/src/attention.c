@@ -106,13 +106,17 @@ static void attend(const pl_attention_args *a, const pl_sequence *s, int32_t hea
     to_block = PL_MIN(to_block, last_position / PL_BLOCK_TOKENS + 1);
     const float *q[MOST_ROWS];
     int32_t from[MOST_ROWS], to[MOST_ROWS];
-    const bool widen_keys = s->n_tokens >= k->widen_keys_from[kv->key_type];
-    const bool widen_values = s->n_tokens >= k->widen_values_from[kv->value_type];
+    /* Rounding to fewer bits makes a token's result depend on how many come with it. So does the joining of split contexts;
+     * in the shorter ones, in which most answers are written, nothing does. */
+    const bool may_widen = k->wide_type == PL_KV_F32 || first_position >= CHUNK_BLOCKS * PL_BLOCK_TOKENS;
+    const bool widen_keys = may_widen && s->n_tokens >= k->widen_keys_from[kv->key_type];
+    const bool widen_values = may_widen && s->n_tokens >= k->widen_values_from[kv->value_type];
     pl_attention_span span = {.key_type = widen_keys ? k->wide_type : kv->key_type,
                               .value_type = widen_values ? k->wide_type : kv->value_type, .from = from, .to = to};
     begin(a, s, head, first, n, span.key_type, q, &w->rows);
-    for (int32_t block = from_block; block < to_block; block += PL_SPAN_BLOCKS) {
-        const int32_t n_blocks = PL_MIN(PL_SPAN_BLOCKS, to_block - block), base = block * PL_BLOCK_TOKENS;
+    for (int32_t block = from_block, n_blocks; block < to_block; block += n_blocks) {
+        n_blocks = PL_MIN(PL_SPAN_BLOCKS - block % PL_SPAN_BLOCKS, to_block - block); /* the same spans wherever a window begins */
+        const int32_t base = block * PL_BLOCK_TOKENS;
         for (int32_t i = 0; i < n_blocks; i++) {
             const int32_t this = s->blocks[block + i], next = s->blocks[PL_MIN(block + i + 2, to_block - 1)];
             span.keys[i] = pl_kv_keys(kv, a->layer, this, head);

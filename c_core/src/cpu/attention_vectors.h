@@ -120,46 +120,44 @@ INLINE floats cap_softly(floats x, float cap) {
     return (floats)((ints)y | sign);
 }
 
-/* ---- scores of a block --------------------------------------------------------------------------------------------- */
+/* ---- scores of blocks ---------------------------------------------------------------------------------------------- */
+
+/* Blocks that n rows take together: few rows alone would not fill the multipliers. The order of a row's sums is the same for
+ * every n, so that a token's result does not depend on what else is in the batch. */
+#define AT_ONCE(n) ((n) > 1 ? (n) <= ROWS / 4 ? 2 : 1 : ROWS >= 8 ? 4 : 2)
 
 /*
- * q of n rows times K of a block, [n_steps][32]; a step is an element, or a pair. q is packed as [n_steps / 16][n][16], so that
- * one register finds all rows.
+ * q of n rows times K of some blocks, [n_steps][32] each; a step is an element, or a pair. q is packed as
+ * [n_steps / 16][n][16], so that one register finds all rows.
  */
-INLINE void score(int n, int type, const float *q, const void *keys, const char *next, int32_t n_steps, float *scores) {
-    enum { MOST_APART = 4 };
-    const int apart = n == 1 ? MOST_APART : n <= ROWS / 4 ? 2 : 1; /* sums of their own, so that few rows fill the multipliers */
+INLINE void score(int n, int n_blocks, int type, const float *q, const void *const *keys, const void *const *next,
+                  int32_t n_steps, float *scores) {
     const int bytes = type == PL_KV_F16 ? 2 : 4;
-    floats s[MOST_APART][ROWS][2];
-    UNROLL for (int u = 0; u < apart; u++) {
+    floats s[PL_SPAN_BLOCKS][ROWS][2];
+    UNROLL for (int b = 0; b < n_blocks; b++) {
         UNROLL for (int r = 0; r < n; r++) {
-            s[u][r][0] = s[u][r][1] = all(0.0f);
+            s[b][r][0] = s[b][r][1] = all(0.0f);
         }
     }
     for (int32_t step = 0; step < n_steps; step += PL_LANES, q += n * PL_LANES) {
         const int32_t count = PL_MIN(PL_LANES, n_steps - step);
-        for (int32_t i = 0; i < count; i += apart) {
-            UNROLL for (int u = 0; u < apart; u++) {
-                if (u && i + u >= count) {
-                    break;
-                }
-                const int64_t at = (int64_t)(step + i + u) * PL_BLOCK_TOKENS;
-                __builtin_prefetch(next + at * bytes);
-                const floats k0 = load_as(type, keys, at), k1 = load_as(type, keys, at + PL_LANES);
+        for (int32_t i = 0; i < count; i++) {
+            const int64_t at = (int64_t)(step + i) * PL_BLOCK_TOKENS;
+            UNROLL for (int b = 0; b < n_blocks; b++) {
+                __builtin_prefetch((const char *)next[b] + at * bytes);
+                const floats k0 = load_as(type, keys[b], at), k1 = load_as(type, keys[b], at + PL_LANES);
                 UNROLL for (int r = 0; r < n; r++) {
-                    const floats x = all(q[r * PL_LANES + i + u]);
-                    s[u][r][0] = multiply_add(type, s[u][r][0], x, k0);
-                    s[u][r][1] = multiply_add(type, s[u][r][1], x, k1);
+                    const floats x = all(q[r * PL_LANES + i]);
+                    s[b][r][0] = multiply_add(type, s[b][r][0], x, k0);
+                    s[b][r][1] = multiply_add(type, s[b][r][1], x, k1);
                 }
             }
         }
     }
-    UNROLL for (int r = 0; r < n; r++) {
-        UNROLL for (int half = 0; half < 2; half++) {
-            UNROLL for (int u = 1; u < apart; u++) {
-                s[0][r][half] += s[u][r][half];
-            }
-            store(scores + r * PL_SPAN_TOKENS + PL_LANES * half, s[0][r][half]);
+    UNROLL for (int b = 0; b < n_blocks; b++) {
+        UNROLL for (int r = 0; r < n; r++) {
+            store(scores + r * PL_SPAN_TOKENS + b * PL_BLOCK_TOKENS, s[b][r][0]);
+            store(scores + r * PL_SPAN_TOKENS + b * PL_BLOCK_TOKENS + PL_LANES, s[b][r][1]);
         }
     }
 }
@@ -229,17 +227,27 @@ INLINE void pack_quantized(int32_t key_type, const float *q, float *packed) {
 
 #define SCORE(n, type)                                                                                                      \
     case n:                                                                                                                 \
-        score(n, type, q, keys, next, n_steps, scores);                                                                     \
+        for (; begin + AT_ONCE(n) <= end; begin += AT_ONCE(n)) {                                                            \
+            score(n, AT_ONCE(n), type, q, span->keys + begin, span->next_keys + begin, n_steps,                             \
+                  scores + begin * PL_BLOCK_TOKENS);                                                                        \
+        }                                                                                                                   \
+        for (; begin < end; begin++) {                                                                                      \
+            score(n, 1, type, q, span->keys + begin, span->next_keys + begin, n_steps, scores + begin * PL_BLOCK_TOKENS);   \
+        }                                                                                                                   \
         break;
 #define SCORE_QUANTIZED(n, type)                                                                                            \
     case n:                                                                                                                 \
-        score_quantized(n, type, q, keys, next, head_dim, scores);                                                          \
+        for (; begin < end; begin++) {                                                                                      \
+            score_quantized(n, type, q, span->keys[begin], span->next_keys[begin], head_dim,                                \
+                            scores + begin * PL_BLOCK_TOKENS);                                                              \
+        }                                                                                                                   \
         break;
 
-static void score_block(int32_t n, int32_t type, const float *q, const void *keys, const void *next, int32_t head_dim,
-                        float *scores) {
-    const int32_t n_steps = type == PL_KV_PAIRS ? (head_dim + 1) / 2 : head_dim;
-    switch (type) {
+/* Scores of n rows with the span's blocks [begin, end): scores[n][PL_SPAN_TOKENS]. */
+static void score_blocks(int32_t n, const float *q, const pl_attention_span *span, int32_t head_dim, int32_t begin, int32_t end,
+                         float *scores) {
+    const int32_t n_steps = span->key_type == PL_KV_PAIRS ? (head_dim + 1) / 2 : head_dim;
+    switch (span->key_type) {
     case PL_KV_F16:
         switch (n) { SIZES(SCORE, PL_KV_F16) }
         break;
@@ -507,10 +515,7 @@ static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
             continue;
         }
         const int32_t begin = first / PL_BLOCK_TOKENS, end = (last + PL_BLOCK_TOKENS - 1) / PL_BLOCK_TOKENS; /* blocks */
-        for (int32_t block = begin; block < end; block++) {
-            score_block(n, span->key_type, rows->packed_q + r * width, span->keys[block], span->next_keys[block],
-                        rows->head_dim, p + block * PL_BLOCK_TOKENS);
-        }
+        score_blocks(n, rows->packed_q + r * width, span, rows->head_dim, begin, end, p);
         for (int32_t i = 0; i < n; i++) {
             float *own = p + i * PL_SPAN_TOKENS;
             shrink[i] = soften(rows, r + i, own, span->from[r + i], span->to[r + i], 2 * begin, 2 * end);
