@@ -331,7 +331,11 @@ MISFITS: list[tuple[Callable[[dict, dict], None], str]] = [
     (set_key("llama.attention.head_count_kv", 3), "4 heads cannot share 3 key/value heads"),
     (set_key("llama.rope.dimension_count", 7), "llama.rope.dimension_count is 7; an even number"),
     (set_key("llama.rope.freq_base", float("nan")), "llama.rope.freq_base is nan; a positive number"),
-    (set_key("llama.rope.scaling.factor", 1e-40), "frequencies that are no numbers"),
+    (set_key("llama.rope.scaling.factor", 1e-40), "llama.rope.scaling.factor is 9.999.*; a positive number"),
+    (
+        lambda m, t: m.update({"llama.rope.scaling.factor": 1e-29, "llama.rope.freq_base": 1e-20}),
+        "frequencies that are no numbers",
+    ),
     (set_key("llama.rope.scaling.type", "odd"), "llama.rope.scaling.type is 'odd'"),
     (
         lambda m, t: m.update(
