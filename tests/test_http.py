@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -74,6 +75,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+def reset(connection: socket.socket) -> None:
+    """Closes a connection as a client does that has died."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -362,6 +369,26 @@ def test_a_client_that_goes_on_sending_a_large_body_sees_the_answer():
         response = connection.getresponse()
         assert response.status == 413
         assert json.loads(response.read())["error"]["code"] == 413
+
+
+def test_a_refused_client_may_be_gone_when_its_connection_is_closed(caplog):
+    refused = threading.Event()
+    server = Server(hello, "127.0.0.1", 0, n_threads=1, timeout=5, on_request=lambda record: refused.set())
+    server._listeners[0].adj.send_bytes = 1 << 20  # what is written waits for the loop, as when the socket takes no more
+    try:
+        with socket.create_connection(server.addresses[0]) as connection:
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+            while not refused.wait(0.01):
+                server._poll(0)
+            (channel,) = server._listeners[0].active_channels.values()
+            wait_for(lambda: channel.close_when_flushed)
+            reset(connection)
+        wait_for(lambda: server._poll(0) or not server._listeners[0].active_channels)
+        channel.handle_write()  # as when reading has closed it and writing comes next
+    finally:
+        server.stop()
+        server.run()
+    assert not caplog.records
 
 
 def test_a_large_body_in_chunks_is_refused():

@@ -262,10 +262,14 @@ class _Channel(HTTPChannel):
         return accepted
 
     def handle_write(self) -> None:
+        if self.socket is None:  # reading, just before, has found that the client is gone
+            return
         if not (self.lingers and self.close_when_flushed):
             super().handle_write()
             return
         self._flush_exception(self._flush_some)
+        if self.socket is None:  # so has writing
+            return
         if not self.total_outbufs_len:
             # Closing now, with input unread, would reset the connection, and the answer would be lost on its way.
             self.close_when_flushed = False
