@@ -127,6 +127,7 @@ def test_what_options_say_instead(tmp_path, keys, options, expected):
         ({}, {"freq_base": 1e-200}, "base of rotary positions is 1e-200"),
         ({}, {"freq_scale": math.inf}, "scale of rotary positions is inf"),
         ({}, {"yarn_ext_factor": -1.0}, "ext_factor of rotary positions is -1.0"),
+        ({}, {"yarn_orig_ctx": 0}, "n_ctx_orig of rotary positions is 0"),
         ({}, {"scaling": "cubic"}, "'cubic'; none, linear and yarn"),
     ],
 )

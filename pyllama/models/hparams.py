@@ -69,6 +69,8 @@ class RopeScaling:
                 raise ModelError(f"the {name} of rotary positions is {value}; a number above 0 is needed")
         if not 0 <= self.ext_factor <= 1e30:
             raise ModelError(f"the ext_factor of rotary positions is {self.ext_factor}; 0 or more is needed")
+        if self.n_ctx_orig < 1:
+            raise ModelError(f"the n_ctx_orig of rotary positions is {self.n_ctx_orig}; 1 or more is needed")
 
     def replaced(self, options: RopeOptions) -> RopeScaling:
         """With what the options say; a kind that is given decides anew about ``ext_factor`` and whether there is a scale."""
