@@ -27,6 +27,9 @@ from pyllama.tokenizer import Tokenizer
 
 __all__ = ["Llama", "LlamaGrammar"]
 
+_LOOKUP_TOKENS = 8
+"""Most tokens of a guess."""
+
 
 class LlamaGrammar(str):
     """A grammar's text, for programs written for llama-cpp-python; plain strings do as well."""
@@ -47,9 +50,6 @@ class LlamaGrammar(str):
         """From a JSON Schema's text. Raises ``SchemaError`` if it is none or cannot be expressed, or ``ValueError`` if it
         is not JSON."""
         return cls(to_gbnf(json.loads(json_schema)))
-
-_LOOKUP_TOKENS = 8
-"""Most tokens of a guess."""
 
 
 class Llama:
