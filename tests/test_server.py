@@ -213,6 +213,8 @@ def test_more_tokens_than_the_context_holds(tiny_path):
         assert (long["tokens_predicted"], long["truncated"]) == (2, True)
         chat = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "day"}], ignore_eos=True)
         assert chat["usage"]["total_tokens"] == 64  # without a limit the context is the limit
+        chat = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "day " * 100}], ignore_eos=True)
+        assert chat["usage"]["completion_tokens"] == 32  # half of it, where the prompt alone would be too long
 
 
 # ---- the other endpoints of llama.cpp's server -----------------------------------------------------------------------

@@ -199,11 +199,17 @@ def _read_requests(
     seed = request.sampling.seed & RANDOM_SEED
     requests = []
     for prompt in prompts:
+        limit = request.n_predict if request.n_predict >= 0 else _room(service, prompt)
         for i in range(n):
             own = request.sampling if seed == RANDOM_SEED else replace(request.sampling, seed=(seed + i) % RANDOM_SEED)
-            limit = request.n_predict if request.n_predict >= 0 else max(1, service.model.n_ctx - len(prompt))
             requests.append(replace(request, prompt=prompt, sampling=own, n_predict=limit))
     return requests
+
+
+def _room(service: Service, prompt: tuple[int, ...]) -> int:
+    """Tokens of an answer up to the end of the context; half of one, after a prompt that is too long and loses its middle."""
+    n_ctx = service.model.n_ctx
+    return n_ctx - len(prompt) if len(prompt) < n_ctx else n_ctx // 2
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
