@@ -61,7 +61,11 @@ static operand operand_of(const pl_run_state *s, int32_t value) {
     return float_operand(data_of(s, value), width_of(s, value), rows_of(s, value), s->program->cpu->kernels->max_lanes);
 }
 
-enum { UNIT_PANELS = 2, UNIT_ROWS = UNIT_PANELS * PL_PANEL_ROWS };
+enum {
+    UNIT_PANELS = 2,
+    UNIT_ROWS = UNIT_PANELS * PL_PANEL_ROWS,
+    STREAMING_LANES = 2, /* up to so many, memory bounds a product, and one stream is read faster than two side by side */
+};
 
 /* The panels of a matrix, in pairs. */
 static int64_t units_of(const pl_weight *w) { return (w->n_panels + UNIT_PANELS - 1) / UNIT_PANELS; }
@@ -75,7 +79,7 @@ static void unit_times_tile(const pl_kernels *k, const pl_weight *w, int64_t uni
     for (int64_t panel = first; panel < last; panel += n, out += PL_PANEL_ROWS) {
         const uint8_t *p = pl_weight_panel(w, panel);
         if (x->quantized) {
-            n = (int32_t)PL_MIN(k->max_panels, last - panel);
+            n = x->lanes <= STREAMING_LANES ? 1 : (int32_t)PL_MIN(k->max_panels, last - panel);
             k->product(w->format, x->lanes, n)(w, p, pl_q8_tile(&x->q8, tile), out, stride);
         } else {
             n = 1;
