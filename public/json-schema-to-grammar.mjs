@@ -2470,19 +2470,27 @@ function readNumber(node, keyword) {
   return value
 }
 
+function readLimit(node, keyword, sign) {
+  const value = readNumber(node, keyword)
+  if (value !== null && (sign > 0 ? value > LARGEST : value < -LARGEST)) {
+    node.below(keyword).fail('leaves only numbers that are too large to be expressed as a grammar')
+  }
+  return value
+}
+
 function readBounds(node) {
   return [
     ['minimum', 'exclusiveMinimum', 1],
     ['maximum', 'exclusiveMaximum', -1],
   ].map(([inclusive, exclusive, sign]) => {
-    const value = readNumber(node, inclusive)
+    const value = readLimit(node, inclusive, sign)
     const strict = node.schema.get(exclusive)
     const bound = value === null ? null : boundOf(value, strict === true)
     if (typeof strict === 'boolean') {
       // draft 4
       return bound
     }
-    const limit = readNumber(node, exclusive)
+    const limit = readLimit(node, exclusive, sign)
     return tighter(bound, limit === null ? null : boundOf(limit, true), sign)
   })
 }

@@ -68,7 +68,7 @@ MAX_COMBINATIONS = 4_000
 MAX_DIGITS = 16
 """Of numbers that the schema does not bound, and of their fractions."""
 LARGEST = 10**40
-"""Bounds of numbers are lowered to this."""
+"""Numbers go no further, whatever their bounds; bounds that leave only larger ones are refused."""
 EXACT_DIGITS = 15
 """Decimal numbers of so many digits are different numbers for floating point, too."""
 
@@ -1157,13 +1157,19 @@ class _Keywords:
             self.node.below(keyword).fail(f"must be a number, not {_shown(value)}")
         return value
 
+    def limit(self, keyword: str, sign: int) -> Any:
+        value = self.number(keyword)
+        if value is not None and sign * value > LARGEST:
+            self.node.below(keyword).fail("leaves only numbers that are too large to be expressed as a grammar")
+        return value
+
     def bounds(self) -> tuple[_Bound | None, _Bound | None]:
         found = []
         for inclusive, exclusive, sign in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1)):
-            value, strict = self.number(inclusive), self.schema.get(exclusive)
+            value, strict = self.limit(inclusive, sign), self.schema.get(exclusive)
             bound = None if value is None else _bound(value, strict is True)
             if not isinstance(strict, bool):
-                limit = self.number(exclusive)
+                limit = self.limit(exclusive, sign)
                 bound = _tighter(bound, None if limit is None else _bound(limit, True), sign)
             found.append(bound)
         return found[0], found[1]

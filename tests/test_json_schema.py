@@ -375,6 +375,8 @@ REFUSED = [
     ({"maxItems": None}, "#/maxItems: must be an integer"),
     ({"minimum": "1"}, '#/minimum: must be a number, not "1"'),
     ({"maximum": True}, "#/maximum: must be a number, not true"),
+    ({"minimum": 1e308}, "#/minimum: leaves only numbers that are too large"),
+    ({"type": "integer", "exclusiveMaximum": -(10**41)}, "#/exclusiveMaximum: leaves only numbers that are too large"),
     ({"uniqueItems": 1}, "#/uniqueItems: must be a boolean, not 1"),
     ({"pattern": 1}, "#/pattern: must be a string, not 1"),
     ({"format": ["x"]}, '#/format: must be a string, not ["x"]'),
