@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from pyllama.core import BLOCK_TOKENS
+from pyllama.draft import Ask, DraftModel
 from pyllama.kv_cache import KVCache
 from pyllama.models import Model, SequenceInput
 from pyllama.sampling import Sample, Sampler, SamplingParams
 from pyllama.scheduler import Chunk, ContextFull, Scheduler, Sequence, truncated
-from pyllama.speculation import LookupSpeculation
+from pyllama.speculation import LookupSpeculation, Pace
 
 __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "Token"]
 
@@ -241,7 +242,9 @@ class _Job:
         self.scores: list[Sample] = []
         self.n_predicted = self.n_guessed = self.n_guessed_right = 0
         self.n_tokens = 0  # of the sequence at the last guess
-        self.speculation: LookupSpeculation | None = None
+        self.lookup: LookupSpeculation | None = None
+        self.draft_pace: Pace | None = None
+        self.guess_pace: Pace | None = None  # of whoever made the last guess
         self.started = self.first_token = 0.0
 
 
@@ -254,19 +257,27 @@ class Engine:
         continuous: let a new request join while others run; otherwise it waits until they have ended.
         n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. A model that can run
             ``n_slots * (1 + n_lookup)`` sequences has room for all of them.
+        draft: guesses where there is nothing to look up; the engine's alone from now on, too.
 
     Raises:
-        ValueError: there are more slots than the model can run, or its context is tiny.
+        ValueError: there are more slots than a model can run, or its context is tiny, or the draft's vocabulary is another.
     """
 
-    def __init__(self, model: Model, n_slots: int = 1, *, continuous: bool = True, n_lookup: int = 0) -> None:
+    def __init__(
+        self, model: Model, n_slots: int = 1, *, continuous: bool = True, n_lookup: int = 0, draft: DraftModel | None = None
+    ) -> None:
         if not 1 <= n_slots <= model.max_sequences:
             raise ValueError(f"n_slots is {n_slots}; 1 to {model.max_sequences} are possible")
         if model.n_ctx < _LEAST_CONTEXT:
             raise ValueError(f"a context of {model.n_ctx} tokens is too small; at least {_LEAST_CONTEXT} are needed")
         if n_lookup < 0:
             raise ValueError(f"n_lookup is {n_lookup}; it cannot be negative")
-        self.model, self.n_slots, self.continuous, self.n_lookup = model, n_slots, continuous, n_lookup
+        if draft is not None:
+            draft.check_fits(model)
+            if draft.n_slots < n_slots:
+                raise ValueError(f"n_slots is {n_slots}; the draft model can run {draft.n_slots}")
+        self.model, self.n_slots, self.continuous = model, n_slots, continuous
+        self.n_lookup, self.draft = n_lookup, draft
         self._start_afresh()
         self._outbox: list[tuple[Stream, Token | Done]] = []
         self._wake = threading.Condition()  # guards the next four
@@ -301,7 +312,9 @@ class Engine:
         sampler = Sampler(request.sampling, tokenizer, request.prompt, self.model.n_ctx)
         job = _Job(stream, sampler, _Text(tokenizer.stream_decoder(), request.stop))
         if self.n_lookup:
-            job.speculation = LookupSpeculation(self.n_lookup)
+            job.lookup = LookupSpeculation(self.n_lookup)
+        if self.draft is not None:
+            job.draft_pace = Pace(self.draft.most)
         with self._wake:
             if self._closing:
                 raise EngineClosed("the engine has been closed")
@@ -434,7 +447,7 @@ class Engine:
 
     def _step(self) -> None:
         """One batch: schedule, run, sample."""
-        if self.n_lookup:
+        if self.n_lookup or self.draft:
             self._guess()
         try:
             chunks = self._scheduler.schedule()
@@ -454,16 +467,38 @@ class Engine:
             self._run(states, hidden=True)
 
     def _guess(self) -> None:
-        for sequence in self._scheduler.running:
-            if sequence.generating and sequence.n_waiting == 1:
-                job: _Job = sequence.owner
-                n_left = job.request.n_predict - job.n_predicted - 1 if job.request.n_predict > 0 else self.n_lookup
-                # A full context is going to be shifted, and then other tokens come before the guess.
-                most = min(n_left, self.n_lookup, self.model.n_ctx - sequence.n_evaluated - 1)
-                if len(sequence.tokens) < job.n_tokens:
-                    job.speculation.forget()
-                job.n_tokens = len(sequence.tokens)
-                sequence.guess = job.speculation.guess(sequence.tokens, most) if most > 0 else []
+        running = self._scheduler.running
+        ready = [sequence for sequence in running if sequence.generating and sequence.n_waiting == 1]
+        for sequence in ready:
+            sequence.guess = self._look_up(sequence) if self.n_lookup else []
+        # Beside prompts there is no room for guesses, and those of a draft take time.
+        if self.draft and len(ready) == len(running):
+            self._draft([sequence for sequence in ready if not sequence.guess])
+
+    def _most_guessed(self, sequence: Sequence) -> int:
+        """Tokens that a guess may have at most."""
+        job: _Job = sequence.owner
+        # A full context is going to be shifted, and then other tokens come before the guess.
+        n_free = self.model.n_ctx - sequence.n_evaluated - 1
+        return min(n_free, job.request.n_predict - job.n_predicted - 1) if job.request.n_predict > 0 else n_free
+
+    def _look_up(self, sequence: Sequence) -> list[int]:
+        job: _Job = sequence.owner
+        if len(sequence.tokens) < job.n_tokens:
+            job.lookup.forget()
+        job.n_tokens = len(sequence.tokens)
+        job.guess_pace = job.lookup.pace
+        most = self._most_guessed(sequence)
+        return job.lookup.guess(sequence.tokens, most) if most > 0 else []
+
+    def _draft(self, sequences: list[Sequence]) -> None:
+        asked = []
+        for sequence in sequences:
+            most = self._most_guessed(sequence)
+            if most > 0 and (n := sequence.owner.draft_pace.next()):
+                asked.append((sequence, Ask(sequence.slot, sequence.tokens, min(n, most))))
+        for (sequence, _), guess in zip(asked, self.draft.guess([ask for _, ask in asked])):
+            sequence.guess, sequence.owner.guess_pace = guess, sequence.owner.draft_pace
 
     def _run(self, chunks: list[Chunk], *, hidden: bool = False) -> None:
         inputs = [item for chunk in chunks for item in self._inputs(chunk)]
@@ -538,7 +573,7 @@ class Engine:
             self._scheduler.accept(sequence)
             if not self._sample(sequence, job, row):
                 break
-        job.speculation.judge(len(chunk.guess), n_right)
+        job.guess_pace.judge(len(chunk.guess), n_right)
 
     def _sample(self, sequence: Sequence, job: _Job, logits: np.ndarray) -> bool:
         """Takes a token and sends the text that it brings; False: the sequence has ended."""

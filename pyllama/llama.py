@@ -18,6 +18,7 @@ from typing import Any
 from pyllama import pull
 from pyllama.chat import ChatTemplate
 from pyllama.core import lib
+from pyllama.draft import DraftModel
 from pyllama.engine import Done, Engine, Request, Stream, Token
 from pyllama.grammar import Grammar
 from pyllama.json_schema import JSON_OBJECT, to_gbnf
@@ -27,7 +28,7 @@ from pyllama.tokenizer import Tokenizer
 
 __all__ = ["Llama", "LlamaGrammar"]
 
-_LOOKUP_TOKENS = 8
+_GUESSED_TOKENS = 8
 """Most tokens of a guess."""
 
 
@@ -74,7 +75,7 @@ class Llama:
         yarn_orig_ctx: tokens of context before YaRN stretches it; 0: as the file says.
         chat_template: Jinja2 source that replaces the model's own.
         draft_model: ``lookup`` guesses tokens from what followed the same ones before, and checks several in a step; answers
-            do not change.
+            do not change. Or the path of a smaller model of the same vocabulary, which makes the guesses.
         embedding: for programs written for llama-cpp-python; embeddings need no preparation here.
         verbose: tell on standard error what was loaded, and what each call took.
 
@@ -83,7 +84,7 @@ class Llama:
         GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
         PullError: the default model cannot be fetched.
         OSError: the file cannot be read.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the draft model has another vocabulary.
     """
 
     def __init__(
@@ -109,13 +110,11 @@ class Llama:
         yarn_beta_slow: float = -1.0,
         yarn_orig_ctx: int = 0,
         chat_template: str | None = None,
-        draft_model: str | None = None,
+        draft_model: str | os.PathLike[str] | None = None,
         embedding: bool = False,
         verbose: bool = False,
     ) -> None:
-        if draft_model not in (None, "lookup"):
-            raise ValueError(f"draft_model is {draft_model!r}; only 'lookup' is possible")
-        n_lookup = _LOOKUP_TOKENS if draft_model else 0
+        n_guess = _GUESSED_TOKENS if draft_model is not None else 0
         path = pull.path_of() if model_path is None else model_path
         self.model_path = os.fspath(path)
         self.model = load(
@@ -124,7 +123,7 @@ class Llama:
             n_batch=n_batch,
             n_threads=n_threads,
             n_threads_batch=n_threads_batch,
-            max_sequences=n_parallel * (1 + n_lookup),
+            max_sequences=n_parallel * (1 + n_guess),
             kv_type=(_kv_type(type_k), _kv_type(type_v)),
             mmap=use_mmap,
             mlock=use_mlock,
@@ -142,7 +141,9 @@ class Llama:
         self._template: ChatTemplate | None = None
         if chat_template is not None:
             self._template = ChatTemplate.of(self.model.tokenizer, chat_template)
-        self.engine = Engine(self.model, n_parallel, n_lookup=n_lookup)
+        lookup = draft_model == "lookup"
+        draft = None if lookup or draft_model is None else DraftModel.load(draft_model, self.model, n_parallel, n_guess)
+        self.engine = Engine(self.model, n_parallel, n_lookup=n_guess if lookup else 0, draft=draft)
         self._seed = seed
         self._verbose = verbose
         if verbose:
@@ -156,6 +157,8 @@ class Llama:
     def close(self) -> None:
         """Ends running calls and gives the memory back."""
         self.engine.close()
+        if self.engine.draft is not None:
+            self.engine.draft.model.close()
         self.model.close()
 
     def __del__(self) -> None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["LookupSpeculation"]
+__all__ = ["LookupSpeculation", "Pace"]
 
 _LONGEST, _SHORTEST = 4, 3
 _LEAST_PAUSE = 4
 _MOST_PAUSE = 64
 
 
-class LookupSpeculation:
-    """Guesses that what followed the last few tokens before will follow again (prompt lookup, Saxena 2023).
-
-    Guesses grow while they are right. After wrong ones it pauses, for longer and longer, so that a text without repetitions
-    loses next to nothing.
+class Pace:
+    """How much to guess: ever more while guesses are right. After wrong ones it pauses, for longer and longer, so that a text
+    that cannot be guessed loses next to nothing.
 
     Args:
         most: tokens of a guess.
@@ -30,31 +28,13 @@ class LookupSpeculation:
         self._length = min(2, most)
         self._pause = 0
         self._next_pause = _LEAST_PAUSE
-        self._ends: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in range(_SHORTEST, _LONGEST + 1))
-        """For each length of runs of tokens, where a run ended last."""
-        self._n_known = 0
-        """Tokens before which all runs are known."""
 
-    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow; none where that is as good a guess.
-
-        Args:
-            tokens: prompt and answer so far: what they were at the last call, and more.
-        """
+    def next(self) -> int:
+        """Tokens of the guess that may be made now; 0: none."""
         if self._pause:
             self._pause -= 1
-            return []
-        self._learn(tokens)
-        n = min(most, self._length)
-        for size in range(_LONGEST, _SHORTEST - 1, -1):
-            end = self._ends[size - _SHORTEST].get(tuple(tokens[-size:]))
-            if end is not None:
-                # Where that leads to the end of the text, the guess is that it repeats itself.
-                guess = list(tokens[end : end + n])
-                while len(guess) < n:
-                    guess.append(guess[end + len(guess) - len(tokens)])
-                return guess
-        return []
+            return 0
+        return self._length
 
     def judge(self, n_guessed: int, n_right: int) -> None:
         """Hears how many tokens of the last guess, which had at least one, were right."""
@@ -67,6 +47,41 @@ class LookupSpeculation:
             self._length = min(2, self._most)
             self._pause = self._next_pause
             self._next_pause = min(2 * self._next_pause, _MOST_PAUSE)
+
+
+class LookupSpeculation:
+    """Guesses that what followed the last few tokens before will follow again (prompt lookup, Saxena 2023).
+
+    Args:
+        most: tokens of a guess.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.pace = Pace(most)
+        self._ends: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in range(_SHORTEST, _LONGEST + 1))
+        """For each length of runs of tokens, where a run ended last."""
+        self._n_known = 0
+        """Tokens before which all runs are known."""
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        """Up to ``most`` tokens that may follow; none where that is as good a guess.
+
+        Args:
+            tokens: prompt and answer so far: what they were at the last call, and more.
+        """
+        n = min(most, self.pace.next())
+        if n < 1:
+            return []
+        self._learn(tokens)
+        for size in range(_LONGEST, _SHORTEST - 1, -1):
+            end = self._ends[size - _SHORTEST].get(tuple(tokens[-size:]))
+            if end is not None:
+                # Where that leads to the end of the text, the guess is that it repeats itself.
+                guess = list(tokens[end : end + n])
+                while len(guess) < n:
+                    guess.append(guess[end + len(guess) - len(tokens)])
+                return guess
+        return []
 
     def forget(self) -> None:
         """Tokens were dropped, so that the others stand elsewhere now."""

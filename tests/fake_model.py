@@ -24,6 +24,7 @@ class FakeTokenizer:
     bos_id, eos_id, nl_id = None, EOS, 10
     eog_ids = frozenset({EOS})
     add_bos = False
+    special_ids: dict[str, int] = {}
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         if token == EOS:

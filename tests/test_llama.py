@@ -403,5 +403,19 @@ def test_lookup_changes_no_answer(tmp_path):
         expected, got = (llama(prompt, **options)["choices"][0]["text"] for llama in (plain, guessing))
         assert got == expected
         assert guessing.engine.n_lookup and not plain.engine.n_lookup
-    with pytest.raises(ValueError, match="draft_model is 'x'"):
-        Llama(path, draft_model="x")
+
+
+def test_a_draft_model_changes_no_answer(tmp_path):
+    path, small = tmp_path / "tiny.gguf", tmp_path / "small.gguf"
+    make_llama(path)
+    make_llama(small, n_layer=1, seed=1)
+    prompt, options = "hello world " * 6, {"max_tokens": 60, "temperature": 0.0}
+    with Llama(path) as plain, Llama(path, draft_model=small) as guessing:
+        expected, got = (llama(prompt, **options)["choices"][0]["text"] for llama in (plain, guessing))
+        assert got == expected
+        assert guessing.engine.draft.model.path == small
+    with pytest.raises(FileNotFoundError):
+        Llama(path, draft_model=str(tmp_path / "x"))
+    make_gemma3(tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match="another vocabulary"):
+        Llama(path, draft_model=tmp_path / "other.gguf")

@@ -476,6 +476,17 @@ def _(serve, _folder):
     assert accepted[0] == accepted[1] == 0 < accepted[2] <= 50 < accepted[3]
 
 
+@shows("-md", "--model-draft")
+def _(serve, folder):
+    make_llama(folder / "draft.gguf")
+    answers = []
+    for flags in ((), ("-md", folder / "draft.gguf"), ("--lookup", "--model-draft", folder / "draft.gguf")):
+        with serve(*flags) as server:
+            answers.append(server.post("/completion", **{**GREEDY, "n_predict": 100}))
+    assert len({answer["content"] for answer in answers}) == 1
+    assert all(answer["timings"]["draft_n"] for answer in answers[1:])
+
+
 def test_flags_without_effect(model_path):
     """Each says so in one clear line at the start, and the server runs all the same."""
     values = {flag.names[-1]: "1" for flag in FLAGS if flag.missing}

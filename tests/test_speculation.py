@@ -112,8 +112,8 @@ def test_a_model_gives_the_same_tokens(path) -> None:
 
 def test_what_followed_the_longest_run_is_guessed() -> None:
     speculation = LookupSpeculation(8)
-    speculation.judge(2, 2)
-    speculation.judge(4, 4)
+    speculation.pace.judge(2, 2)
+    speculation.pace.judge(4, 4)
     assert speculation.guess([1, 2, 3, 4, 5, 9, 2, 3, 4], 8) == [5, 9, 2, 3, 4, 5, 9, 2]  # and so on
     assert speculation.guess([1, 2, 3, 4, 5, 9, 2, 3, 4, 7], 8) == []
     assert speculation.guess([1, 2, 3, 4, 5, 9, 2, 3, 4, 7, 0, 2, 3, 4], 2) == [7, 0]  # the last time counts
@@ -130,7 +130,7 @@ def test_wrong_guesses_are_made_ever_more_seldom() -> None:
         if guess := speculation.guess(tokens, 8):
             n_guesses += 1
             n_tokens += len(guess)
-            speculation.judge(len(guess), 0)
+            speculation.pace.judge(len(guess), 0)
     assert 5 <= n_guesses <= 21
     assert n_tokens <= 2 * n_guesses
 
@@ -140,6 +140,6 @@ def test_right_guesses_grow() -> None:
     for _ in range(4):
         guess = speculation.guess(tokens, 8)
         sizes.append(len(guess))
-        speculation.judge(len(guess), len(guess))
+        speculation.pace.judge(len(guess), len(guess))
         tokens += guess
     assert sizes == [2, 4, 8, 8]

@@ -167,6 +167,7 @@ def load(
     mlock: bool = False,
     rope: RopeOptions | None = None,
     progress: Callable[[float], None] | None = None,
+    pool: ThreadPool | None = None,
 ) -> Model:
     """Loads a GGUF file.
 
@@ -182,6 +183,7 @@ def load(
         mlock: keep the weights in memory.
         rope: how to scale rotary positions, instead of what the file says.
         progress: called with the fraction done.
+        pool: threads to run on, those of a model that never runs at the same time; None: its own.
 
     Raises:
         GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
@@ -198,7 +200,7 @@ def load(
     n_threads = n_threads or os.cpu_count() or 1
     n_threads_batch = n_threads_batch or n_threads
     path = Path(path)
-    pool = ThreadPool(max(n_threads, n_threads_batch))
+    pool = pool or ThreadPool(max(n_threads, n_threads_batch))
     with GGUFFile.open(path, mmap=mmap) as gguf:
         name = gguf.require("general.architecture", str)
         architecture = ARCHITECTURES.get(name)

@@ -61,6 +61,7 @@ class Settings:
     queue: int
     """Requests that may wait for a slot."""
     lookup: bool
+    model_draft: Path | None
     draft_max: int
     log_format: str
     verbose: bool
@@ -359,6 +360,14 @@ FLAGS = (
         "guess tokens from what followed the same ones before, and check several in a step",
         False,
         bool,
+    ),
+    Flag(
+        ("-md", "--model-draft"),
+        "LLAMA_ARG_MODEL_DRAFT",
+        "smaller model of the same vocabulary that guesses tokens, several of which are checked in a step",
+        None,
+        Path,
+        "FNAME",
     ),
     Flag(("--draft", "--draft-max"), "LLAMA_ARG_DRAFT_MAX", "most tokens of a guess", 8, _integer(1, 64)),
     Flag(("--log-format",), "LLAMA_ARG_LOG_FORMAT", "text or json", "text", _choice("text", "json"), "FORMAT"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pyllama import __version__, models, pull
 from pyllama.core import CoreError, cpu_name, interleave_memory, memory_nodes
+from pyllama.draft import DraftModel
 from pyllama.engine import Engine
 from pyllama.server import flags
 from pyllama.server.app import create_app
@@ -88,7 +89,7 @@ class Program:
     def _load(self) -> None:
         s = self.settings
         path = s.model
-        n_lookup = s.draft_max if s.lookup else 0
+        n_guess = s.draft_max if s.lookup or s.model_draft else 0
         try:
             path = path or pull.path_of()
             log.info("loading %s", path)
@@ -100,14 +101,20 @@ class Program:
                 n_threads=s.threads,
                 n_threads_batch=s.threads_batch,
                 n_batch=s.batch_size,
-                max_sequences=s.parallel * (1 + n_lookup),
+                max_sequences=s.parallel * (1 + n_guess),
                 kv_type=s.kv_type,
                 mmap=not s.no_mmap,
                 mlock=s.mlock,
                 rope=_rope_options(s),
                 progress=progress_line(path.name),
             )
-            self._engine = Engine(model, s.parallel, continuous=s.cont_batching, n_lookup=n_lookup)
+            draft = None
+            if s.model_draft is not None:
+                path = s.model_draft
+                log.info("loading %s", path)
+                draft = DraftModel.load(path, model, s.parallel, n_guess, mmap=not s.no_mmap, mlock=s.mlock)
+            n_lookup = n_guess if s.lookup else 0
+            self._engine = Engine(model, s.parallel, continuous=s.cont_batching, n_lookup=n_lookup, draft=draft)
             self.service.start(self._engine, chat_template=s.chat_template)
         except OSError as error:
             self._fail(f"{path} cannot be loaded: {error.strerror or error}")
