@@ -162,14 +162,14 @@ class Direct:
     """An engine in this process, with the context and slots that the server's flags say."""
 
     def __init__(self, flags: Sequence[str]) -> None:
-        from pyllama import models
+        from pyllama import models, pull
         from pyllama.engine import Engine
         from pyllama.server.flags import parse
 
         s = parse(list(flags), {})
         self.model = models.load(
-            s.model, n_ctx=s.ctx_size, n_threads=s.threads, n_threads_batch=s.threads_batch, n_batch=s.batch_size,
-            max_sequences=s.parallel, kv_type=s.kv_type,
+            s.model or pull.path_of(), n_ctx=s.ctx_size, n_threads=s.threads, n_threads_batch=s.threads_batch,
+            n_batch=s.batch_size, max_sequences=s.parallel, kv_type=s.kv_type,
         )  # fmt: skip
         self.engine = Engine(self.model, s.parallel, continuous=s.cont_batching)
 
