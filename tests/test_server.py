@@ -135,7 +135,7 @@ def test_probabilities(smollm2, stream):
     "prompt", ["Hello world", ["Hello world"], [[19556, 905]], [19556, 905], ["Hello", 905], [19556, " world"]]
 )
 def test_forms_of_prompts(smollm2, prompt):
-    options = {"n_predict": 4, "temperature": 0, "cache_prompt": False}  # one token alone is computed in another order
+    options = {"n_predict": 4, "temperature": 0}
     answer = smollm2.post("/completion", prompt=prompt, **options)
     assert answer["prompt"] == prompt
     assert answer["tokens_evaluated"] == 2
