@@ -19,10 +19,7 @@ from pyllama.kv_cache import BlockTable, KVCache
 __all__ = ["Chunk", "ContextFull", "Scheduler", "Sequence", "truncated"]
 
 _LEAST_CHUNK = 16
-# A step with a chunk of a prompt may take as long as about so many that only generate, or so many seconds: streams then still
-# come faster than anyone reads, and small chunks are slow, most of all of models whose steps are quick.
-_STEPS_BESIDE = 3.0
-_SECONDS_BESIDE = 0.04
+_STEPS_BESIDE = 3.0  # a step with a chunk of a prompt may take as long as about this many that only generate
 
 
 class ContextFull(RuntimeError):
@@ -299,7 +296,7 @@ class Scheduler:
             # A running mean, which one interrupted step does not throw off.
             mean = self._step_seconds or seconds
             self._step_seconds = 0.8 * mean + 0.2 * min(seconds, 4 * mean)
-        elif n_streams:
+        elif n_streams and self._step_seconds:
             self._adapt(n_prompt, seconds)
 
     def _adapt(self, n_prompt: int, seconds: float) -> None:
@@ -308,6 +305,6 @@ class Scheduler:
         A chunk r times as large takes at most r times as long, since a part of each step is the same for every size. So this
         comes near to the wanted time from below.
         """
-        ratio = max(_STEPS_BESIDE * self._step_seconds, _SECONDS_BESIDE) / seconds
+        ratio = _STEPS_BESIDE * self._step_seconds / seconds
         if n_prompt == self._chunk_beside or ratio < 1:
             self._chunk_beside = max(_LEAST_CHUNK, min(int(n_prompt * min(ratio, 2.0)), self.model.n_batch))

@@ -83,12 +83,11 @@ def test_a_long_prompt_makes_no_step_much_longer(step: float, token: float) -> N
         run.step()
     beside = run.history[before:]
     assert all(batch.get(stream) == 1 for batch, _ in beside for stream in streams)
-    wanted = max(3 * ordinary, 0.04)
-    assert max(seconds for _, seconds in beside) <= max(1.34 * wanted, ordinary + 16 * token) + 1e-9
+    assert max(seconds for _, seconds in beside) <= max(4 * ordinary, ordinary + 16 * token) + 1e-9
     chunks = run.sizes(long)
     assert sum(chunks) == 1500
     assert min(chunks[:-1]) >= 16
-    assert max(chunks) >= min(400, (0.8 * wanted - step) / token)  # and none much shorter than it may be
+    assert max(chunks) >= min(400, (2.5 * ordinary - step) / token)  # and none much shorter than it may be
 
 
 def test_prompts_come_in_order_of_arrival() -> None:
