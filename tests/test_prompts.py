@@ -124,14 +124,20 @@ def test_several_prompts(coder, prompts):
     assert sorted(ended, key=lambda end: end[0]) == list(enumerate(prompts))
 
 
+def overlap(order: list[int]) -> bool:
+    """Do the streams 0 and 1 both begin before either ends?"""
+    first, last = {i: order.index(i) for i in (0, 1)}, {i: len(order) - 1 - order[::-1].index(i) for i in (0, 1)}
+    return max(first.values()) < min(last.values())
+
+
 def test_several_prompts_come_side_by_side(coder):
     """Both streams of a request are heard before either has ended."""
     options = {**GREEDY, "n_predict": 200, "cache_prompt": False}
     order = [event["index"] for event in coder.stream("/completion", prompt=["the", "day"], **options)]
-    assert {0, 1} == set(order[:20])
+    assert overlap(order)
     chunks = coder.stream("/v1/completions", prompt="the", n=2, ignore_eos=True, max_tokens=100)
     order = [chunk["choices"][0]["index"] for chunk in chunks if chunk != "[DONE]"]
-    assert {0, 1} == set(order[:20])
+    assert overlap(order)
 
 
 def test_more_prompts_than_slots(coder):
