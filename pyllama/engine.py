@@ -299,6 +299,24 @@ class Engine:
             GrammarError: the grammar is not one.
             EngineClosed: the engine has been closed.
         """
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Iterable[Request]) -> list[Stream]:
+        """Queues some requests at once, so that they begin together; none when one is refused.
+
+        Raises:
+            ValueError, GrammarError, EngineClosed: as :meth:`submit`.
+        """
+        jobs = [self._job_of(request) for request in requests]
+        with self._wake:
+            if self._closing:
+                raise EngineClosed("the engine has been closed")
+            self._arrived += jobs
+            self._news = True
+            self._wake.notify()
+        return [job.stream for job in jobs]
+
+    def _job_of(self, request: Request) -> _Job:
         if not request.prompt:
             raise ValueError("the prompt is empty")
         n_vocab = self.model.hp.n_vocab
@@ -315,13 +333,7 @@ class Engine:
             job.lookup = LookupSpeculation(self.n_lookup)
         if self.draft is not None:
             job.draft_pace = Pace(self.draft.most)
-        with self._wake:
-            if self._closing:
-                raise EngineClosed("the engine has been closed")
-            self._arrived.append(job)
-            self._news = True
-            self._wake.notify()
-        return stream
+        return job
 
     def set_system_prompt(self, tokens: Iterable[int]) -> Stream | None:
         """Evaluates tokens with which prompts will begin, and keeps what they share in memory for as long as it can be.

@@ -174,8 +174,7 @@ class Service:
         self._admit(engine.n_slots + self.defaults.queue)
         try:
             with _refusals(), self._system_prompt_of(system_prompt, engine):
-                for request in requests:
-                    streams.append(engine.submit(request))
+                streams = engine.submit_all(requests)
             with self._lock:
                 self._streams.update(streams)
                 if self._stopping:
