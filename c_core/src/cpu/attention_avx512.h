@@ -1,8 +1,10 @@
 /* attention_avx512.h - what attention_vectors.h needs of 512-bit registers. */
 #include <immintrin.h>
 
-#define WIDEN16(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define VECTOR_BYTES 64
+#define WIDEN(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define LARGEST(v) _mm512_reduce_max_ps((__m512)(v))
+#define ALL(x) ((floats)_mm512_set1_ps(x))
 #define LARGER(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define ROUND(x) ((floats)_mm512_roundscale_ps((__m512)(x), 0))
 #define SCALE(x, n) ((floats)_mm512_scalef_ps((__m512)(x), (__m512)(n)))

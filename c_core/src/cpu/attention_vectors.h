@@ -1,11 +1,13 @@
 /*
- * attention_vectors.h - attention's inner loops over vectors of 16 floats, in the compiler's portable vector type; included
- * by each instruction set's file after it has defined
+ * attention_vectors.h - attention's inner loops over vectors in the compiler's portable vector type; included by each
+ * instruction set's file after it has defined
  *
- *   WIDEN16(p)          16 halves at p as 16 floats
+ *   VECTOR_BYTES        the size of a register: 64, 32 or 16. Compilers make slow code of vectors that are larger
+ *   WIDEN(p)            as many halves at p as floats
  *   LARGEST(v)          the largest lane
+ *   ALL(x)              x in every lane
  *   ROWS, SIZES(DO, x)  how many rows are taken together at most, and DO(n, x) for each number that may be
- *   COLUMNS(n)          vectors of V that n rows take together, at most 4
+ *   COLUMNS(n)          vectors of V that n rows take together, at most MOST_COLUMNS
  *   WIDEN_KEYS_FROM, WIDEN_VALUES_FROM: see attention_kernels.h
  *   TABLE               the name of the kernel table
  *
@@ -14,25 +16,25 @@
  *   ROUND(x)            to whole numbers
  *   SCALE(x, n)         x * 2^n
  *   LARGER(a, b)        lane by lane; b if one of them is not a number
- *   PAIRS(a, b)         two vectors of 16 floats as 16 pairs (a[i], b[i]) of bfloat16
- *   NEIGHBOURS(a, b)    the same as pairs (a[0], a[1]), (a[2], a[3]) ... (b[14], b[15])
+ *   PAIRS(a, b)         two vectors of floats as pairs (a[i], b[i]) of bfloat16
+ *   NEIGHBOURS(a, b)    the same as pairs (a[0], a[1]), (a[2], a[3]) ... (b[14], b[15]) of vectors of 64 bytes
  *   ADD_PAIRS(s, x, y)  s + the products of both numbers of each pair
  *   ADD_FOURS(s, u, x)  s + the products of the four numbers in each lane, unsigned bytes times signed ones
- *   STORE_BYTES(p, v)   the lanes of v as 16 bytes
+ *   STORE_BYTES(p, v)   the lanes of v as bytes
  *   WHOLE(x)            as whole numbers
  */
 #include "attention_kernels.h"
 
 #include <math.h>
 
-#pragma GCC diagnostic ignored "-Wpsabi" /* every function with such an argument is inlined */
-
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define LOG2_E 1.44269504f
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+
+enum { LANES = VECTOR_BYTES / 4, BLOCK_VECTORS = PL_BLOCK_TOKENS / LANES, MOST_COLUMNS = 8 };
 
 #ifdef PAIRS
 enum { WIDE = PL_KV_PAIRS };
@@ -40,10 +42,10 @@ enum { WIDE = PL_KV_PAIRS };
 enum { WIDE = PL_KV_F32 };
 #endif
 
-enum { FOURS = PL_KV_GROUP / 4 };
+enum { FOURS = PL_KV_GROUP / 4, GROUP_VECTORS = PL_KV_GROUP / LANES };
 
 /* `x` may be the bits of a pair, on which no arithmetic may be done. */
-INLINE floats all(float x) { return (floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE floats all(float x) { return ALL(x); }
 
 INLINE floats load(const float *p) {
     floats v;
@@ -53,12 +55,12 @@ INLINE floats load(const float *p) {
 
 INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
 
-/* 16 elements (of pairs: 16 pairs). */
+/* A vector of elements, or of pairs. */
 INLINE floats load_as(int type, const void *p, int64_t index) {
-    return type == PL_KV_F16 ? WIDEN16((const uint16_t *)p + index) : load((const float *)p + index);
+    return type == PL_KV_F16 ? WIDEN((const uint16_t *)p + index) : load((const float *)p + index);
 }
 
-/* Byte b of 16 fours of bytes, as codes: for q4_0, its lower or upper half. */
+/* Byte b of each four of bytes, as codes: for q4_0, its lower or upper half. */
 INLINE floats code_of(int type, bool keys, ints fours, int b, int upper) {
     if (type == PL_KV_Q4_0) {
         return __builtin_convertvector(((fours >> (8 * b + 4 * upper)) & 15) - 8, floats);
@@ -70,6 +72,12 @@ INLINE ints load_fours(const void *p) {
     ints v;
     memcpy(&v, p, sizeof v);
     return v;
+}
+
+/* first, first + 1, ... */
+INLINE ints numbers_from(int32_t first) {
+    static const int32_t lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load_fours(lane) + first;
 }
 
 INLINE floats multiply_add(int type, floats sum, floats x, floats y) {
@@ -128,36 +136,43 @@ INLINE floats cap_softly(floats x, float cap) {
 
 /*
  * q of n rows times K of some blocks, [n_steps][32] each; a step is an element, or a pair. q is packed as
- * [n_steps / 16][n][16], so that one register finds all rows.
+ * [n_steps / LANES][n][LANES], so that one register finds all rows.
  */
 INLINE void score(int n, int n_blocks, int type, const float *q, const void *const *keys, const void *const *next,
                   int32_t n_steps, float *scores) {
     const int bytes = type == PL_KV_F16 ? 2 : 4;
-    floats s[PL_SPAN_BLOCKS][ROWS][2];
+    floats s[PL_SPAN_BLOCKS][ROWS][BLOCK_VECTORS];
     UNROLL for (int b = 0; b < n_blocks; b++) {
         UNROLL for (int r = 0; r < n; r++) {
-            s[b][r][0] = s[b][r][1] = all(0.0f);
+            UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+                s[b][r][v] = all(0.0f);
+            }
         }
     }
-    for (int32_t step = 0; step < n_steps; step += PL_LANES, q += n * PL_LANES) {
-        const int32_t count = PL_MIN(PL_LANES, n_steps - step);
+    for (int32_t step = 0; step < n_steps; step += LANES, q += n * LANES) {
+        const int32_t count = PL_MIN(LANES, n_steps - step);
         for (int32_t i = 0; i < count; i++) {
             const int64_t at = (int64_t)(step + i) * PL_BLOCK_TOKENS;
             UNROLL for (int b = 0; b < n_blocks; b++) {
                 __builtin_prefetch((const char *)next[b] + at * bytes);
-                const floats k0 = load_as(type, keys[b], at), k1 = load_as(type, keys[b], at + PL_LANES);
+                floats k[BLOCK_VECTORS];
+                UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+                    k[v] = load_as(type, keys[b], at + v * LANES);
+                }
                 UNROLL for (int r = 0; r < n; r++) {
-                    const floats x = all(q[r * PL_LANES + i]);
-                    s[b][r][0] = multiply_add(type, s[b][r][0], x, k0);
-                    s[b][r][1] = multiply_add(type, s[b][r][1], x, k1);
+                    const floats x = all(q[r * LANES + i]);
+                    UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+                        s[b][r][v] = multiply_add(type, s[b][r][v], x, k[v]);
+                    }
                 }
             }
         }
     }
     UNROLL for (int b = 0; b < n_blocks; b++) {
         UNROLL for (int r = 0; r < n; r++) {
-            store(scores + r * PL_SPAN_TOKENS + b * PL_BLOCK_TOKENS, s[b][r][0]);
-            store(scores + r * PL_SPAN_TOKENS + b * PL_BLOCK_TOKENS + PL_LANES, s[b][r][1]);
+            UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+                store(scores + r * PL_SPAN_TOKENS + b * PL_BLOCK_TOKENS + v * LANES, s[b][r][v]);
+            }
         }
     }
 }
@@ -170,50 +185,59 @@ INLINE void score_quantized(int n, int type, const float *q, const void *keys, c
     const uint8_t *codes = keys;
     const uint16_t *scales = (const uint16_t *)(codes + pl_kv_scales(type, head_dim));
     const int per_load = type == PL_KV_Q4_0 ? 2 : 1; /* fours of a load */
-    floats s[ROWS][2];
+    floats s[ROWS][BLOCK_VECTORS];
     UNROLL for (int r = 0; r < n; r++) {
-        s[r][0] = s[r][1] = all(0.0f);
+        UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+            s[r][v] = all(0.0f);
+        }
     }
     for (int32_t group = 0; group < head_dim / PL_KV_GROUP; group++, q += n * PL_LANES, scales += PL_BLOCK_TOKENS) {
-        ints sum[ROWS][2];
+        ints sum[ROWS][BLOCK_VECTORS];
         UNROLL for (int r = 0; r < n; r++) {
-            sum[r][0] = sum[r][1] = (ints)all(q[r * PL_LANES + START_AT]);
+            UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+                sum[r][v] = (ints)all(q[r * PL_LANES + START_AT]);
+            }
         }
         __builtin_prefetch(next + ((const char *)scales - (const char *)keys));
         for (int i = 0; i < FOURS; i += per_load, codes += 4 * PL_BLOCK_TOKENS) {
             __builtin_prefetch(next + (codes - (const uint8_t *)keys));
             __builtin_prefetch(next + (codes - (const uint8_t *)keys) + 64);
-            UNROLL for (int half = 0; half < 2; half++) {
-                const ints bytes = load_fours(codes + half * 64);
+            UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+                const ints bytes = load_fours(codes + v * VECTOR_BYTES);
                 UNROLL for (int part = 0; part < per_load; part++) {
                     const ints fours = type == PL_KV_Q4_0 ? (bytes >> (4 * part)) & 0x0f0f0f0f : bytes;
                     UNROLL for (int r = 0; r < n; r++) {
-                        sum[r][half] = ADD_FOURS(sum[r][half], fours, (ints)all(q[r * PL_LANES + i + part]));
+                        sum[r][v] = ADD_FOURS(sum[r][v], fours, (ints)all(q[r * PL_LANES + i + part]));
                     }
                 }
             }
         }
-        UNROLL for (int half = 0; half < 2; half++) {
-            const floats scale = WIDEN16(scales + half * PL_LANES);
+        UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+            const floats scale = WIDEN(scales + v * LANES);
             UNROLL for (int r = 0; r < n; r++) {
-                s[r][half] += __builtin_convertvector(sum[r][half], floats) * (scale * all(q[r * PL_LANES + SCALE_AT]));
+                s[r][v] += __builtin_convertvector(sum[r][v], floats) * (scale * all(q[r * PL_LANES + SCALE_AT]));
             }
         }
     }
     UNROLL for (int r = 0; r < n; r++) {
-        store(scores + r * PL_SPAN_TOKENS, s[r][0]);
-        store(scores + r * PL_SPAN_TOKENS + PL_LANES, s[r][1]);
+        UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+            store(scores + r * PL_SPAN_TOKENS + v * LANES, s[r][v]);
+        }
     }
 }
 
 /* 32 elements of q as bytes with a scale, as score_quantized() wants them. */
 INLINE void pack_quantized(int32_t key_type, const float *q, float *packed) {
-    const floats a = load(q), b = load(q + PL_LANES);
-    const floats size_a = size_of(a), size_b = size_of(b);
-    const float scale = LARGEST(choose(size_a > size_b, size_a, size_b)) / 127, inverse = scale != 0 ? 1 / scale : 0;
+    floats largest = all(0.0f);
+    UNROLL for (int d = 0; d < PL_KV_GROUP; d += LANES) {
+        const floats size = size_of(load(q + d));
+        largest = choose(size > largest, size, largest);
+    }
+    const float scale = LARGEST(largest) / 127, inverse = scale != 0 ? 1 / scale : 0;
     int8_t codes[PL_KV_GROUP];
-    STORE_BYTES(codes, WHOLE(a * all(inverse)));
-    STORE_BYTES(codes + PL_LANES, WHOLE(b * all(inverse)));
+    UNROLL for (int d = 0; d < PL_KV_GROUP; d += LANES) {
+        STORE_BYTES(codes + d, WHOLE(load(q + d) * all(inverse)));
+    }
     int32_t sum = 0;
     for (int i = 0; i < PL_KV_GROUP; i++) {
         sum += codes[i];
@@ -275,22 +299,22 @@ static void score_blocks(int32_t n, const float *q, const pl_attention_span *spa
 /* The running softmax of row r: the scores of the span's vectors [begin, end) become weights, 0 where the row does not look.
  * Returns by how much what was summed before shrinks. */
 INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, int32_t to, int32_t begin, int32_t end) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     if (from >= to) {
         memset(s, 0, sizeof(float) * PL_SPAN_TOKENS);
         return 1.0f;
     }
     floats largest = all(-INFINITY);
     for (int32_t v = begin; v < end; v++) {
-        floats x = load(s + v * PL_LANES);
+        floats x = load(s + v * LANES);
         if (rows->softcap != 0) {
             x = cap_softly(x, rows->softcap);
         }
-        if (from > v * PL_LANES || to < (v + 1) * PL_LANES) {
-            x = choose((lane + v * PL_LANES >= from) & (lane + v * PL_LANES < to), x, all(-INFINITY));
+        if (from > v * LANES || to < (v + 1) * LANES) {
+            const ints token = numbers_from(v * LANES);
+            x = choose((token >= from) & (token < to), x, all(-INFINITY));
         }
         largest = choose(x > largest, x, largest);
-        store(s + v * PL_LANES, x);
+        store(s + v * LANES, x);
     }
     const float here = LARGEST(largest);
     float shrink = 1.0f;
@@ -301,9 +325,9 @@ INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, 
     const floats offset = all(rows->max[r] * LOG2_E);
     floats sum = load(rows->sum + r * PL_LANES) * all(shrink);
     for (int32_t v = begin; v < end; v++) {
-        const floats p = power_of_two(load(s + v * PL_LANES) * all(LOG2_E) - offset);
+        const floats p = power_of_two(load(s + v * LANES) * all(LOG2_E) - offset);
         sum += p;
-        store(s + v * PL_LANES, p);
+        store(s + v * LANES, p);
     }
     store(rows->sum + r * PL_LANES, sum);
     return shrink;
@@ -313,7 +337,7 @@ INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, 
 /* Weights in the order of tokens as pairs, in place. */
 INLINE void pair_up(float *p, int32_t n_vectors) {
     for (int32_t v = 0; v < n_vectors; v += 2) {
-        store(p + v / 2 * PL_LANES, NEIGHBOURS(load(p + v * PL_LANES), load(p + (v + 1) * PL_LANES)));
+        store(p + v / 2 * LANES, NEIGHBOURS(load(p + v * LANES), load(p + (v + 1) * LANES)));
     }
 }
 #endif
@@ -324,10 +348,10 @@ INLINE void pair_up(float *p, int32_t n_vectors) {
 INLINE void weigh(int n, int columns, int type, const float *p, const pl_attention_span *span, int64_t width, int64_t at,
                   int32_t first, int32_t last, const float *shrink, float *total) {
     const int32_t tokens = type == PL_KV_PAIRS ? 2 : 1, bytes = type == PL_KV_F16 ? 2 : 4; /* tokens of a row of V */
-    floats sum[ROWS][4];
+    floats sum[ROWS][MOST_COLUMNS];
     UNROLL for (int r = 0; r < n; r++) {
         UNROLL for (int c = 0; c < columns; c++) {
-            sum[r][c] = load(total + r * width + at + PL_LANES * c) * all(shrink[r]);
+            sum[r][c] = load(total + r * width + at + LANES * c) * all(shrink[r]);
         }
     }
     for (int32_t block = first / PL_BLOCK_TOKENS; block * PL_BLOCK_TOKENS < last; block++) {
@@ -338,12 +362,12 @@ INLINE void weigh(int n, int columns, int type, const float *p, const pl_attenti
         const char *next = span->next_values[block];
         for (int32_t t = begin; t < end; t++) {
             const int64_t index = (t - base) * width + at;
-            UNROLL for (int c = 0; c < columns; c += 4 / bytes) {
-                __builtin_prefetch(next + (index + PL_LANES * c) * bytes);
+            UNROLL for (int c = 0; c < columns; c += 64 / (LANES * bytes)) {
+                __builtin_prefetch(next + (index + LANES * c) * bytes);
             }
-            floats v[4];
+            floats v[MOST_COLUMNS];
             UNROLL for (int c = 0; c < columns; c++) {
-                v[c] = load_as(type, values, index + PL_LANES * c);
+                v[c] = load_as(type, values, index + LANES * c);
             }
             UNROLL for (int r = 0; r < n; r++) {
                 const floats x = all(p[r * PL_SPAN_TOKENS + t]);
@@ -355,7 +379,7 @@ INLINE void weigh(int n, int columns, int type, const float *p, const pl_attenti
     }
     UNROLL for (int r = 0; r < n; r++) {
         UNROLL for (int c = 0; c < columns; c++) {
-            store(total + r * width + at + PL_LANES * c, sum[r][c]);
+            store(total + r * width + at + LANES * c, sum[r][c]);
         }
     }
 }
@@ -364,10 +388,10 @@ INLINE void weigh_all(int n, int type, const float *p, const pl_attention_span *
                       int32_t last, const float *shrink, float *total) {
     const int64_t width = pl_kv_width(head_dim);
     int64_t at = 0;
-    for (; at + PL_LANES * COLUMNS(n) <= width; at += PL_LANES * COLUMNS(n)) {
+    for (; at + LANES * COLUMNS(n) <= width; at += LANES * COLUMNS(n)) {
         weigh(n, COLUMNS(n), type, p, span, width, at, first, last, shrink, total);
     }
-    for (; at < width; at += PL_LANES) {
+    for (; at < width; at += LANES) {
         weigh(n, 1, type, p, span, width, at, first, last, shrink, total);
     }
 }
@@ -375,25 +399,25 @@ INLINE void weigh_all(int n, int type, const float *p, const pl_attention_span *
 /* The same with quantized V. The scales go into the weights, so that codes are multiplied as they are. */
 INLINE void weigh_quantized(int n, int type, const float *p, const pl_attention_span *span, int32_t head_dim, int32_t first,
                             int32_t last, const float *shrink, float *total) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int32_t columns = type == PL_KV_Q4_0 ? head_dim / 2 : head_dim; /* bytes of a token */
     for (int32_t group = 0; group < head_dim / PL_KV_GROUP; group++) {
         float *own = total + group * PL_KV_GROUP;
-        floats sum[ROWS][2];
+        floats sum[ROWS][GROUP_VECTORS];
         UNROLL for (int r = 0; r < n; r++) {
-            sum[r][0] = load(own + (int64_t)r * head_dim) * all(shrink[r]);
-            sum[r][1] = load(own + (int64_t)r * head_dim + PL_LANES) * all(shrink[r]);
+            UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
+                sum[r][v] = load(own + (int64_t)r * head_dim + v * LANES) * all(shrink[r]);
+            }
         }
         for (int32_t block = first / PL_BLOCK_TOKENS; block * PL_BLOCK_TOKENS < last; block++) {
             const int32_t base = block * PL_BLOCK_TOKENS;
             const uint8_t *values = span->values[block];
             const uint16_t *scales = (const uint16_t *)(values + pl_kv_scales(type, head_dim)) + group * PL_BLOCK_TOKENS;
             _Alignas(64) float scaled[ROWS][PL_BLOCK_TOKENS];
-            UNROLL for (int half = 0; half < 2; half++) {
-                const ints token = lane + (base + half * PL_LANES);
-                const floats scale = choose((token >= first) & (token < last), WIDEN16(scales + half * PL_LANES), all(0.0f));
+            UNROLL for (int t = 0; t < PL_BLOCK_TOKENS; t += LANES) {
+                const ints token = numbers_from(base + t);
+                const floats scale = choose((token >= first) & (token < last), WIDEN(scales + t), all(0.0f));
                 UNROLL for (int r = 0; r < n; r++) {
-                    store(scaled[r] + half * PL_LANES, load(p + r * PL_SPAN_TOKENS + base + half * PL_LANES) * scale);
+                    store(scaled[r] + t, load(p + r * PL_SPAN_TOKENS + base + t) * scale);
                 }
             }
             const uint8_t *codes = values + (type == PL_KV_Q4_0 ? 64 : 128) * (int64_t)group;
@@ -401,22 +425,26 @@ INLINE void weigh_quantized(int n, int type, const float *p, const pl_attention_
             __builtin_prefetch(next + ((const char *)scales - (const char *)values));
             for (int32_t fours = PL_MAX(0, first - base) / 4; fours < FOURS && base + fours * 4 < last; fours++) {
                 const uint8_t *row = codes + (int64_t)fours * columns * 4;
-                const ints bytes[2] = {load_fours(row), load_fours(type == PL_KV_Q4_0 ? row : row + 64)};
+                ints bytes[GROUP_VECTORS];
+                UNROLL for (int v = 0; v < GROUP_VECTORS; v++) { /* of q4_0, both halves of a byte */
+                    bytes[v] = load_fours(row + (type == PL_KV_Q4_0 ? v % (GROUP_VECTORS / 2) : v) * VECTOR_BYTES);
+                }
                 __builtin_prefetch(next + (row - values));
                 __builtin_prefetch(next + (row - values) + 64);
                 UNROLL for (int b = 0; b < 4; b++) {
-                    const floats v0 = code_of(type, false, bytes[0], b, 0), v1 = code_of(type, false, bytes[1], b, 1);
-                    UNROLL for (int r = 0; r < n; r++) {
-                        const floats x = all(scaled[r][fours * 4 + b]);
-                        sum[r][0] += x * v0;
-                        sum[r][1] += x * v1;
+                    UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
+                        const floats codes = code_of(type, false, bytes[v], b, v / (GROUP_VECTORS / 2));
+                        UNROLL for (int r = 0; r < n; r++) {
+                            sum[r][v] += all(scaled[r][fours * 4 + b]) * codes;
+                        }
                     }
                 }
             }
         }
         UNROLL for (int r = 0; r < n; r++) {
-            store(own + (int64_t)r * head_dim, sum[r][0]);
-            store(own + (int64_t)r * head_dim + PL_LANES, sum[r][1]);
+            UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
+                store(own + (int64_t)r * head_dim + v * LANES, sum[r][v]);
+            }
         }
     }
 }
@@ -466,33 +494,34 @@ static int32_t piece_of(int32_t left) {
 /* The elements of a row of q from d on, 0 behind its end. */
 INLINE floats q_elements(const float *q, int32_t d, int32_t head_dim) {
     floats v = all(0.0f);
-    memcpy(&v, q + d, sizeof(float) * (size_t)PL_MAX(0, PL_MIN(PL_LANES, head_dim - d)));
+    memcpy(&v, q + d, sizeof(float) * (size_t)PL_MAX(0, PL_MIN(LANES, head_dim - d)));
     return v;
 }
 
 static void begin(pl_attention_rows *rows, int32_t key_type) {
     const bool quantized = key_type == PL_KV_Q8_0 || key_type == PL_KV_Q4_0;
-    const int32_t head_dim = rows->head_dim, per_vector = key_type == PL_KV_PAIRS || quantized ? 2 * PL_LANES : PL_LANES;
+    const int32_t head_dim = rows->head_dim, slot = quantized ? PL_LANES : LANES; /* floats that hold .. */
+    const int32_t elements = quantized ? PL_KV_GROUP : key_type == PL_KV_PAIRS ? 2 * LANES : LANES; /* .. so many of q */
     for (int32_t r = 0, n; r < rows->n; r += n) {
         n = piece_of(rows->n - r);
         float *packed = rows->packed_q + r * pl_kv_width(head_dim);
-        for (int32_t d = 0; d < head_dim; d += per_vector, packed += n * PL_LANES) {
+        for (int32_t d = 0; d < head_dim; d += elements, packed += n * slot) {
             for (int32_t i = 0; i < n; i++) {
                 const float *q = rows->q[r + i];
 #ifdef PAIRS
                 if (key_type == PL_KV_PAIRS) {
-                    store(packed + i * PL_LANES,
-                          NEIGHBOURS(q_elements(q, d, head_dim), q_elements(q, d + PL_LANES, head_dim)));
+                    store(packed + i * slot,
+                          NEIGHBOURS(q_elements(q, d, head_dim), q_elements(q, d + LANES, head_dim)));
                     continue;
                 }
 #endif
 #ifdef ADD_FOURS
                 if (quantized) {
-                    pack_quantized(key_type, q + d, packed + i * PL_LANES);
+                    pack_quantized(key_type, q + d, packed + i * slot);
                     continue;
                 }
 #endif
-                store(packed + i * PL_LANES, q_elements(q, d, head_dim));
+                store(packed + i * slot, q_elements(q, d, head_dim));
             }
         }
     }
@@ -518,10 +547,11 @@ static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
         score_blocks(n, rows->packed_q + r * width, span, rows->head_dim, begin, end, p);
         for (int32_t i = 0; i < n; i++) {
             float *own = p + i * PL_SPAN_TOKENS;
-            shrink[i] = soften(rows, r + i, own, span->from[r + i], span->to[r + i], 2 * begin, 2 * end);
+            shrink[i] =
+                soften(rows, r + i, own, span->from[r + i], span->to[r + i], BLOCK_VECTORS * begin, BLOCK_VECTORS * end);
 #ifdef PAIRS
             if (span->value_type == PL_KV_PAIRS) {
-                pair_up(own, 2 * end);
+                pair_up(own, BLOCK_VECTORS * end);
             }
 #endif
         }
@@ -531,7 +561,7 @@ static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
 
 /* ---- widening ------------------------------------------------------------------------------------------------------ */
 
-/* 16 tokens' element d of K. */
+/* Element d of K of some tokens. */
 INLINE floats key_element(int type, int32_t head_dim, const void *keys, int32_t d, int32_t token) {
     if (type == PL_KV_F16 || type == PL_KV_F32) {
         return load_as(type, keys, (int64_t)d * PL_BLOCK_TOKENS + token);
@@ -539,23 +569,23 @@ INLINE floats key_element(int type, int32_t head_dim, const void *keys, int32_t 
     const int32_t fours = type == PL_KV_Q4_0 ? d / 8 : d / 4;
     const uint16_t *scales = (const uint16_t *)((const uint8_t *)keys + pl_kv_scales(type, head_dim));
     return code_of(type, true, load_fours((const uint8_t *)keys + (fours * PL_BLOCK_TOKENS + token) * 4), d % 4, d / 4 % 2) *
-           WIDEN16(scales + d / PL_KV_GROUP * PL_BLOCK_TOKENS + token);
+           WIDEN(scales + d / PL_KV_GROUP * PL_BLOCK_TOKENS + token);
 }
 
-/* A token's V from column d on, 16 columns. */
+/* A token's V from column d on. */
 INLINE floats value_elements(int type, int32_t head_dim, const void *values, int32_t token, int32_t d) {
     if (type == PL_KV_F16 || type == PL_KV_F32) {
         return load_as(type, values, token * pl_kv_width(head_dim) + d);
     }
     const int32_t columns = type == PL_KV_Q4_0 ? head_dim / 2 : head_dim;
-    const int32_t column = type == PL_KV_Q4_0 ? d / PL_KV_GROUP * 16 : d;
+    const int32_t column = type == PL_KV_Q4_0 ? d / PL_KV_GROUP * 16 + d % 16 : d;
     const uint16_t *scales = (const uint16_t *)((const uint8_t *)values + pl_kv_scales(type, head_dim));
     return code_of(type, false, load_fours((const uint8_t *)values + (token / 4 * columns + column) * 4), token % 4, d / 16 % 2) *
            all(pl_f16_to_f32(scales[d / PL_KV_GROUP * PL_BLOCK_TOKENS + token]));
 }
 
 INLINE void widen_keys_of(int type, int32_t head_dim, const void *keys, float *wide) {
-    for (int32_t token = 0; token < PL_BLOCK_TOKENS; token += PL_LANES) {
+    for (int32_t token = 0; token < PL_BLOCK_TOKENS; token += LANES) {
 #ifdef PAIRS
         for (int32_t d = 0; d < head_dim; d += 2) {
             store(wide + d / 2 * PL_BLOCK_TOKENS + token,
@@ -572,7 +602,7 @@ INLINE void widen_keys_of(int type, int32_t head_dim, const void *keys, float *w
 
 INLINE void widen_values_of(int type, int32_t head_dim, const void *values, int32_t n, float *wide) {
     const int64_t width = pl_kv_width(head_dim);
-    for (int32_t d = 0; d < width; d += PL_LANES) {
+    for (int32_t d = 0; d < width; d += LANES) {
 #ifdef PAIRS
         for (int32_t t = 0; t < n; t += 2) {
             store(wide + t / 2 * width + d, PAIRS(value_elements(type, head_dim, values, t, d),
