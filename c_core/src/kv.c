@@ -1,5 +1,5 @@
 /* kv.c - the pool of key/value blocks: see kv.h. */
-#include "kv.h"
+#include "cpu/kernels.h"
 
 #include <math.h>
 #include <sys/mman.h>
@@ -45,7 +45,7 @@ PL_API pl_kv *pl_kv_new(int32_t n_layers, int32_t n_blocks, int32_t n_head_kv, i
         return NULL;
     }
     *kv = (pl_kv){n_layers, n_blocks, n_head_kv, head_dim, key_type, value_type, key_bytes, value_bytes, NULL, NULL,
-                  both * n_blocks * n_layers};
+                  both * n_blocks * n_layers, pl_cpu()->kernels->halve};
     /* Mapped, not allocated: blocks that are never written take no memory. */
     void *p = mmap(NULL, (size_t)kv->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
@@ -117,14 +117,19 @@ static void set_nibble(uint8_t *byte, int shift, int32_t code) {
     *byte = (uint8_t)((*byte & ~(15 << shift)) | code << shift);
 }
 
-void pl_kv_put_key(int32_t type, int32_t head_dim, uint8_t *keys, int32_t at, const float *k) {
-    if (!is_quantized(type)) {
+void pl_kv_put_key(const pl_kv *kv, uint8_t *keys, int32_t at, const float *k) {
+    const int32_t type = kv->key_type, head_dim = kv->head_dim;
+    if (type == PL_KV_F32) {
         for (int32_t d = 0; d < head_dim; d++) {
-            if (type == PL_KV_F16) {
-                ((uint16_t *)keys)[d * PL_BLOCK_TOKENS + at] = pl_f32_to_f16(k[d]);
-            } else {
-                ((float *)keys)[d * PL_BLOCK_TOKENS + at] = k[d];
-            }
+            ((float *)keys)[d * PL_BLOCK_TOKENS + at] = k[d];
+        }
+        return;
+    }
+    if (type == PL_KV_F16) {
+        uint16_t halves[PL_KV_MOST_HEAD_DIM];
+        kv->halve(k, head_dim, halves);
+        for (int32_t d = 0; d < head_dim; d++) {
+            ((uint16_t *)keys)[d * PL_BLOCK_TOKENS + at] = halves[d];
         }
         return;
     }
@@ -143,15 +148,14 @@ void pl_kv_put_key(int32_t type, int32_t head_dim, uint8_t *keys, int32_t at, co
     }
 }
 
-void pl_kv_put_value(int32_t type, int32_t head_dim, uint8_t *values, int32_t at, const float *v) {
+void pl_kv_put_value(const pl_kv *kv, uint8_t *values, int32_t at, const float *v) {
+    const int32_t type = kv->value_type, head_dim = kv->head_dim;
     if (type == PL_KV_F32) {
         memcpy((float *)values + at * pl_kv_width(head_dim), v, sizeof *v * (size_t)head_dim);
         return;
     }
     if (type == PL_KV_F16) {
-        for (int32_t d = 0; d < head_dim; d++) {
-            ((uint16_t *)values)[at * pl_kv_width(head_dim) + d] = pl_f32_to_f16(v[d]);
-        }
+        kv->halve(v, head_dim, (uint16_t *)values + at * pl_kv_width(head_dim));
         return;
     }
     uint16_t *scales = (uint16_t *)(values + pl_kv_scales(type, head_dim));
@@ -284,7 +288,7 @@ void pl_kv_copy_run(pl_kv *kv, int32_t layer, const int32_t *src_blocks, int32_t
                 pl_kv_turn(kv->key_type, kv->head_dim, k);
                 rotate(k, dst_pos - src_pos, frequencies, n_rotated, rope_kind);
                 pl_kv_turn(kv->key_type, kv->head_dim, k);
-                pl_kv_put_key(kv->key_type, kv->head_dim, to_keys, to_at, k);
+                pl_kv_put_key(kv, to_keys, to_at, k);
             } else if (!same_place) {
                 move_key(kv, keys, from_at, to_keys, to_at);
             }

@@ -31,6 +31,7 @@ struct pl_kv {
     int64_t key_bytes, value_bytes;   /* of one block and one head */
     uint8_t *keys, *values;           /* of all layers */
     int64_t bytes;
+    void (*halve)(const float *x, int32_t n, uint16_t *y); /* of the processor's kernels */
 };
 
 /* Columns of a row of V: head_dim, rounded up so that rows are whole registers. */
@@ -57,8 +58,8 @@ static inline int64_t pl_kv_scales(int32_t type, int32_t head_dim) {
 void pl_kv_turn(int32_t key_type, int32_t head_dim, float *x);
 
 /* One token's K or V of one head, as float[head_dim]; `at` is its place in the block. */
-void pl_kv_put_key(int32_t type, int32_t head_dim, uint8_t *keys, int32_t at, const float *k);
-void pl_kv_put_value(int32_t type, int32_t head_dim, uint8_t *values, int32_t at, const float *v);
+void pl_kv_put_key(const pl_kv *kv, uint8_t *keys, int32_t at, const float *k);
+void pl_kv_put_value(const pl_kv *kv, uint8_t *values, int32_t at, const float *v);
 void pl_kv_get_key(int32_t type, int32_t head_dim, const uint8_t *keys, int32_t at, float *k);
 void pl_kv_get_value(int32_t type, int32_t head_dim, const uint8_t *values, int32_t at, float *v);
 

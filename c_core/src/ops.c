@@ -389,30 +389,14 @@ static void op_hidden(const pl_run_state *s, const pl_op *op, const pl_member *m
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */
 
-/* Su et al. 2021. `table` is cos[n/2], sin[n/2]. */
-static void rotate(float *x, const float *table, int32_t n, int32_t kind) {
-    const float *cosine = table, *sine = table + n / 2;
-    const int32_t step = kind == PL_ROPE_PAIRS ? 2 : 1, apart = kind == PL_ROPE_PAIRS ? 1 : n / 2;
-    for (int32_t i = 0; i < n / 2; i++) {
-        float *a = x + i * step, *b = a + apart;
-        const float x0 = *a, x1 = *b;
-        *a = x0 * cosine[i] - x1 * sine[i];
-        *b = x0 * sine[i] + x1 * cosine[i];
-    }
-}
-
 /* One head of one token: norm, rotation, factor, and the basis that keys are kept in. */
 static void prepare_head(const pl_run_state *s, const pl_op *op, float *x, const float *norm, const float *table,
                          float factor, int32_t head_dim) {
+    const pl_kernels *k = s->program->cpu->kernels;
     if (norm) {
-        s->program->cpu->kernels->rms_norm(x, norm, op->f[0], head_dim, x);
+        k->rms_norm(x, norm, op->f[0], head_dim, x);
     }
-    if (table) {
-        rotate(x, table, op->n[2], op->n[3]);
-    }
-    for (int32_t i = 0; factor != 1.0f && i < head_dim; i++) {
-        x[i] *= factor;
-    }
+    k->rotate(x, head_dim, table, table ? op->n[2] : 0, op->n[3], factor);
     pl_kv_turn(s->program->kv->key_type, head_dim, x);
 }
 
@@ -444,9 +428,8 @@ static void op_qkv(const pl_run_state *s, const pl_op *op, const pl_member *memb
                         prepare_head(s, op, q + t * q_stride + (int64_t)h * head_dim, op->v[0], table, op->f[1], head_dim);
                     }
                     prepare_head(s, op, key, op->v[1], table, 1.0f, head_dim);
-                    pl_kv_put_key(kv->key_type, head_dim, keys, position % PL_BLOCK_TOKENS, key);
-                    pl_kv_put_value(kv->value_type, head_dim, values, position % PL_BLOCK_TOKENS,
-                                    v + t * kv_stride + (int64_t)head * head_dim);
+                    pl_kv_put_key(kv, keys, position % PL_BLOCK_TOKENS, key);
+                    pl_kv_put_value(kv, values, position % PL_BLOCK_TOKENS, v + t * kv_stride + (int64_t)head * head_dim);
                 }
             }
         }

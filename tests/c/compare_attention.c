@@ -78,9 +78,9 @@ static void fill(pl_kv *kv, const pl_sequence *s) {
                     x[d] = random_float();
                 }
                 if (which) {
-                    pl_kv_put_value(kv->value_type, kv->head_dim, pl_kv_values(kv, 1, block, head), at, x);
+                    pl_kv_put_value(kv, pl_kv_values(kv, 1, block, head), at, x);
                 } else {
-                    pl_kv_put_key(kv->key_type, kv->head_dim, pl_kv_keys(kv, 1, block, head), at, x);
+                    pl_kv_put_key(kv, pl_kv_keys(kv, 1, block, head), at, x);
                 }
             }
         }

@@ -259,6 +259,41 @@ static void compare_rows(const pl_cpu_set *set) {
     }
 }
 
+static void compare_heads(const pl_cpu_set *set) {
+    enum { MOST = 70 };
+    float x[MOST], table[MOST], got[MOST + 1], expected[MOST];
+    uint16_t halves[MOST + 1];
+    for (int32_t n = 1; n <= MOST; n++) {
+        for (int32_t i = 0; i < n; i++) {
+            x[i] = ldexpf(random_float(), (int)(random_bits() >> 8) % 60 - 35); /* subnormal and infinite halves are among them */
+        }
+        halves[n] = 7;
+        set->kernels->halve(x, n, halves);
+        for (int32_t i = 0; i < n; i++) {
+            if (halves[i] != pl_f32_to_f16(x[i])) {
+                differ(set->name, "a half", n, i);
+            }
+        }
+        if (halves[n] != 7) {
+            differ(set->name, "what lies beside halves", n, 0);
+        }
+        for (int32_t n_rotated = 0; n_rotated <= n; n_rotated += 2) {
+            for (int32_t kind = PL_ROPE_PAIRS; kind <= PL_ROPE_HALVES; kind++) {
+                for (int32_t i = 0; i < n; i++) {
+                    expected[i] = got[i] = random_float();
+                    table[i] = random_float();
+                }
+                got[n] = -7;
+                set->kernels->rotate(got, n, table, n_rotated, kind, 1.5f);
+                pl_kernels_scalar.rotate(expected, n, table, n_rotated, kind, 1.5f);
+                if (!close_to(got, expected, n, 1e-6f) || got[n] != -7) {
+                    differ(set->name, "a rotation", n, n_rotated);
+                }
+            }
+        }
+    }
+}
+
 int main(void) {
     static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16", "neon"};
     static const int32_t types[] = {PL_F32,  PL_F16,  PL_BF16, PL_Q4_0, PL_Q4_1, PL_Q5_0, PL_Q5_1,
@@ -278,6 +313,7 @@ int main(void) {
         }
         compare_quantization(set);
         compare_rows(set);
+        compare_heads(set);
         compare_attention(set);
     }
     return PL_MIN(differences, 100);

@@ -31,6 +31,11 @@ typedef struct pl_kernels {
     void (*rms_norm)(const float *x, const float *factor, float epsilon, int32_t n, float *y);
     /* y = activation(gate) * up; y may be gate or up. */
     void (*glu)(int32_t activation, const float *gate, const float *up, int32_t n, float *y);
+    /* A head of n elements: turns the first n_rotated, paired as `kind` says, by the angles whose cos[n_rotated / 2] and
+     * sin[n_rotated / 2] are at `table` (Su et al. 2021), and multiplies all with `factor`. */
+    void (*rotate)(float *x, int32_t n, const float *table, int32_t n_rotated, int32_t kind, float factor);
+    /* y = x as IEEE halves, to nearest, ties to even. */
+    void (*halve)(const float *x, int32_t n, uint16_t *y);
 
     /* For measuring the machine's limits (measure.c). The results only keep the work from being optimized away. */
     /* Reads `bytes`, a multiple of PL_READ_UNIT, at `p`, which is aligned to 64. */

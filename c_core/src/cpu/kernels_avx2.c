@@ -8,6 +8,7 @@
  */
 #if defined(__x86_64__)
 #include "kernels.h"
+#include "rotate.h"
 
 #include <float.h>
 #include <immintrin.h>
@@ -391,6 +392,16 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
+static void halve(const float *x, int32_t n, uint16_t *y) {
+    const int32_t whole = n / 8 * 8;
+    for (int32_t i = 0; i < whole; i += 8) {
+        _mm_storeu_si128((__m128i *)(y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    for (int32_t i = whole; i < n; i++) {
+        y[i] = pl_f32_to_f16(x[i]);
+    }
+}
+
 static int32_t read(const uint8_t *p, int64_t bytes) {
     __m256i all[8];
 #pragma GCC unroll 8
@@ -442,5 +453,7 @@ static int32_t multiply_add(int64_t rounds) {
     return integer_sum_of(sum[0]);
 }
 
-const pl_kernels pl_kernels_avx2 = {MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_avx2 = {
+    MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add,
+};
 #endif

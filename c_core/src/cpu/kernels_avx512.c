@@ -8,6 +8,7 @@
  */
 #if defined(__x86_64__)
 #include "kernels.h"
+#include "rotate.h"
 
 #include <float.h>
 #include <immintrin.h>
@@ -446,6 +447,13 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
+static void halve(const float *x, int32_t n, uint16_t *y) {
+    for (int32_t i = 0; i < n; i += 16) {
+        const __mmask16 mask = tail(n - i);
+        _mm256_mask_storeu_epi16(y + i, mask, _mm512_cvtps_ph(_mm512_maskz_loadu_ps(mask, x + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
 static int32_t read(const uint8_t *p, int64_t bytes) {
     __m512i all[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
     for (int64_t i = 0; i < bytes; i += 256) {
@@ -479,5 +487,7 @@ static int32_t multiply_add(int64_t rounds) {
     return _mm512_reduce_add_epi32(sum[0]);
 }
 
-const pl_kernels pl_kernels_avx512 = {PL_MAX_LANES, 2, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_avx512 = {
+    PL_MAX_LANES, 2, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add,
+};
 #endif

@@ -8,6 +8,7 @@
  */
 #if defined(__aarch64__)
 #include "kernels.h"
+#include "rotate.h"
 
 #include <arm_neon.h>
 #include <float.h>
@@ -383,6 +384,16 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
+static void halve(const float *x, int32_t n, uint16_t *y) {
+    const int32_t whole = n / 4 * 4;
+    for (int32_t i = 0; i < whole; i += 4) {
+        vst1_u16(y + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x + i))));
+    }
+    for (int32_t i = whole; i < n; i++) {
+        y[i] = pl_f32_to_f16(x[i]);
+    }
+}
+
 static int32_t read(const uint8_t *p, int64_t bytes) {
     uint8x16_t all[8];
 #pragma GCC unroll 8
@@ -424,5 +435,7 @@ static int32_t multiply_add(int64_t rounds) {
     return vaddvq_s32(sum[0]);
 }
 
-const pl_kernels pl_kernels_neon = {MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_neon = {
+    MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add,
+};
 #endif

@@ -1,5 +1,6 @@
 /* kernels_scalar.c - the reference: plain C, one element after another, in the order in which the formulas read. */
 #include "kernels.h"
+#include "rotate.h"
 
 #include <float.h>
 #include <math.h>
@@ -113,6 +114,12 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
     }
 }
 
+static void halve(const float *x, int32_t n, uint16_t *y) {
+    for (int32_t i = 0; i < n; i++) {
+        y[i] = pl_f32_to_f16(x[i]);
+    }
+}
+
 static int32_t read(const uint8_t *p, int64_t bytes) {
     uint64_t all = 0;
     for (int64_t i = 0; i < bytes; i += 8) {
@@ -140,4 +147,6 @@ static int32_t multiply_add(int64_t rounds) {
     return all;
 }
 
-const pl_kernels pl_kernels_scalar = {4, 1, product_for, product_float, quantize, rms_norm, glu, read, multiply_add};
+const pl_kernels pl_kernels_scalar = {
+    4, 1, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add,
+};
