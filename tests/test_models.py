@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,24 @@ def test_the_division_into_runs_changes_no_bit(make: Callable[..., None], tmp_pa
             rows = model.run([SequenceInput(tokens[n_past : n_past + size], n_past, blocks, 1)])
             n_past += size
         np.testing.assert_array_equal(rows, whole, err_msg=str(sizes))
+
+
+@pytest.mark.parametrize("quant", ["F16", "Q8_0"])
+@pytest.mark.parametrize(
+    "make", [tiny_models.make_llama, partial(tiny_models.make_llama, n_head=8, n_head_kv=8), tiny_models.make_gemma3]
+)
+def test_the_number_of_threads_changes_no_bit(make: Callable[..., None], quant: str, tmp_path: Path) -> None:
+    """Token by token, every thread does for itself what is done once for several tokens."""
+    path = tmp_path / "tiny.gguf"
+    make(path, n_embd=256, n_ff=512, quant=quant)
+
+    def run(n_threads: int) -> list[np.ndarray]:
+        model = load(path, n_ctx=64, n_threads=n_threads)
+        return [model.run([SequenceInput([t], i, blocks_for(50), 1)])[0].copy() for i, t in enumerate(TOKENS)]
+
+    alone = run(1)
+    for n_threads in (2, 3, 7):
+        np.testing.assert_array_equal(run(n_threads), alone, err_msg=f"{n_threads} threads")
 
 
 def test_a_batch_of_sequences_is_each_alone(model: Model) -> None:

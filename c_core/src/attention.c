@@ -188,6 +188,10 @@ static void join(const pl_attention_args *a, const pl_sequence *s, int32_t head,
     }
 }
 
+bool pl_attention_keeps_heads(const pl_attention_args *a, int32_t n_threads) {
+    return a->n_tokens == 1 && cut_sequence(a, a->sequences, n_threads).n_chunks == 1;
+}
+
 void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int counters[2], const pl_member *member) {
     const pl_kv *kv = a->kv;
     const int32_t group = a->n_head / kv->n_head_kv;
@@ -196,13 +200,14 @@ void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int coun
     float *parts = scratch;
     workspace w = workspace_at(parts + l.part_rows * part_floats + member->index * l.member_floats, &l);
 
-    int32_t wanted = pl_claim(&counters[0]), item = 0;
+    const bool keeps_heads = pl_attention_keeps_heads(a, member->count);
+    int32_t wanted = keeps_heads ? member->index : pl_claim(&counters[0]), item = 0;
     int64_t part = 0; /* where the sequence's parts begin: [head][chunk][row] */
     for (int32_t i = 0; i < a->n_sequences; i++) {
         const pl_sequence *s = &a->sequences[i];
         const cut c = cut_sequence(a, s, member->count);
         const int32_t items = c.n_chunks * c.n_tiles * kv->n_head_kv;
-        for (; wanted < item + items; wanted = pl_claim(&counters[0])) {
+        for (; wanted < item + items; wanted = keeps_heads ? wanted + member->count : pl_claim(&counters[0])) {
             const int32_t head = (wanted - item) % kv->n_head_kv, which = (wanted - item) / kv->n_head_kv;
             if (c.n_chunks == 1) { /* later tiles see more: the longest first */
                 const int32_t first = (c.n_tiles - 1 - which) * c.tile_tokens;

@@ -30,6 +30,9 @@ typedef struct pl_attention_args {
 /* For sequences of at most `max_blocks` blocks. */
 int64_t pl_attention_scratch_bytes(int32_t n_head, int32_t n_head_kv, int32_t head_dim, int32_t max_blocks, int32_t n_threads);
 
+/* Whether member number `head % n_threads` alone reads and writes a key/value head: so with one token, but in long contexts. */
+bool pl_attention_keeps_heads(const pl_attention_args *a, int32_t n_threads);
+
 /* Called by every member of the team; `counters` are zero before. The caller waits at a barrier afterwards. */
 void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int counters[2], const pl_member *member);
 

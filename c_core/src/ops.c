@@ -15,7 +15,9 @@ static void even_share(const pl_member *member, int32_t n, int32_t *first, int32
 }
 
 static void *data_of(const pl_run_state *s, int32_t value) {
-    return s->program->slots[s->program->values[value].slot];
+    const pl_program *p = s->program;
+    const int32_t slot = p->values[value].slot;
+    return s->own && p->single.is_own[value] ? s->own + p->single.starts[slot] : p->slots[slot];
 }
 
 static int32_t rows_of(const pl_run_state *s, int32_t value) {
@@ -436,8 +438,8 @@ static void op_qkv(const pl_run_state *s, const pl_op *op, const pl_member *memb
     }
 }
 
-static void op_attention(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
-    const pl_attention_args args = {
+static pl_attention_args attention_args(const pl_run_state *s, const pl_op *op) {
+    return (pl_attention_args){
         .kernels = s->program->cpu->attention,
         .kv = s->program->kv,
         .layer = op->n[0],
@@ -450,61 +452,126 @@ static void op_attention(const pl_run_state *s, const pl_op *op, atomic_int *cou
         .q = data_of(s, op->src[0]),
         .out = data_of(s, op->dst[0]),
     };
+}
+
+static void op_attention(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
+    const pl_attention_args args = attention_args(s, op);
     pl_attention_run(&args, s->program->attention_scratch, counters, member);
 }
 
 /* ---- the run ------------------------------------------------------------------------------------------------------- */
 
-void pl_run_ops(void *run_state, const pl_member *member) {
-    const pl_run_state *s = run_state;
-    for (int32_t i = 0; i < s->program->n_ops; i++) {
+static void run_op(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
+    switch (op->kind) {
+    case PL_OP_EMBED:
+        op_embed(s, op, member);
+        break;
+    case PL_OP_ROPE_TABLE:
+        op_rope_table(s, op, member);
+        break;
+    case PL_OP_RMS_NORM:
+        op_rms_norm(s, op, member);
+        break;
+    case PL_OP_NORM_ADD:
+        op_norm_add(s, op, member);
+        break;
+    case PL_OP_QUANTIZE:
+        op_quantize(s, op, member);
+        break;
+    case PL_OP_ADD:
+        op_add(s, op, member);
+        break;
+    case PL_OP_SCALE:
+        op_scale(s, op, member);
+        break;
+    case PL_OP_LINEAR:
+        op_linear(s, op, counters, member);
+        break;
+    case PL_OP_GLU:
+        op_glu(s, op, counters, member);
+        break;
+    case PL_OP_QKV:
+        op_qkv(s, op, member);
+        break;
+    case PL_OP_ATTENTION:
+        op_attention(s, op, counters, member);
+        break;
+    case PL_OP_SELECT:
+        op_select(s, op, member);
+        break;
+    case PL_OP_HIDDEN:
+        op_hidden(s, op, member);
+        break;
+    default: /* PL_OP_LOGITS; pl_program_new lets no other kind pass */
+        op_logits(s, op, counters, member);
+        break;
+    }
+}
+
+/*
+ * With one tile, products wait for memory, and around barriers memory waits: there a member asks for the beginning of
+ * the weights that it reads next.
+ */
+static void look_ahead(const pl_run_state *s, int32_t from, const pl_member *member) {
+    enum { LOOK_AHEAD = 4, FETCHED_BYTES = 64 << 10 };
+    for (int32_t i = from; i < PL_MIN(from + LOOK_AHEAD, s->program->n_ops); i++) {
         const pl_op *op = &s->program->ops[i];
-        atomic_int *counters = s->program->counters[i];
-        switch (op->kind) {
-        case PL_OP_EMBED:
-            op_embed(s, op, member);
-            break;
-        case PL_OP_ROPE_TABLE:
-            op_rope_table(s, op, member);
-            break;
-        case PL_OP_RMS_NORM:
-            op_rms_norm(s, op, member);
-            break;
-        case PL_OP_NORM_ADD:
-            op_norm_add(s, op, member);
-            break;
-        case PL_OP_QUANTIZE:
-            op_quantize(s, op, member);
-            break;
-        case PL_OP_ADD:
-            op_add(s, op, member);
-            break;
-        case PL_OP_SCALE:
-            op_scale(s, op, member);
-            break;
-        case PL_OP_LINEAR:
-            op_linear(s, op, counters, member);
-            break;
-        case PL_OP_GLU:
-            op_glu(s, op, counters, member);
-            break;
-        case PL_OP_QKV:
-            op_qkv(s, op, member);
-            break;
-        case PL_OP_ATTENTION:
-            op_attention(s, op, counters, member);
-            break;
-        case PL_OP_SELECT:
-            op_select(s, op, member);
-            break;
-        case PL_OP_HIDDEN:
-            op_hidden(s, op, member);
-            break;
-        default: /* PL_OP_LOGITS; pl_program_new lets no other kind pass */
-            op_logits(s, op, counters, member);
-            break;
+        if (op->kind != PL_OP_LINEAR && op->kind != PL_OP_GLU && op->kind != PL_OP_LOGITS) {
+            continue;
         }
-        pl_barrier(member);
+        const operand x = operand_of(s, op->src[0]);
+        if (x.n_tiles != 1) {
+            return;
+        }
+        const int32_t n_in_turn = op->kind == PL_OP_GLU ? 1 : 3; /* a gated unit reads both matrices side by side */
+        int64_t units = 0;
+        for (int32_t j = 0; j < n_in_turn && op->w[j]; j++) {
+            units += units_of(op->w[j]);
+        }
+        int64_t unit = divide(units, &x, member->count).own_units * member->index;
+        const pl_weight *const *w = (const pl_weight *const *)op->w;
+        for (; unit >= units_of(*w); w++) {
+            unit -= units_of(*w);
+        }
+        for (int32_t j = 0; j < 2; j++) {
+            if (j == 0 || op->kind == PL_OP_GLU) {
+                member->ahead->at[j] = pl_weight_panel(w[j], unit * UNIT_PANELS);
+                member->ahead->end[j] = member->ahead->at[j] +
+                                        PL_MIN(FETCHED_BYTES, (w[j]->n_panels - unit * UNIT_PANELS) * w[j]->panel_bytes);
+            }
+        }
+        return;
+    }
+}
+
+static bool must_meet(const pl_run_state *s, int32_t index, const pl_member *member) {
+    if (!s->own || s->program->single.meetings[index] != PL_MEET_UNLESS_HEADS_ARE_KEPT) {
+        return !s->own || s->program->single.meetings[index] == PL_MEET;
+    }
+    const pl_attention_args args = attention_args(s, &s->program->ops[index]);
+    return !pl_attention_keeps_heads(&args, member->count);
+}
+
+void pl_run_ops(void *run_state, const pl_member *team_member) {
+    pl_run_state s = *(const pl_run_state *)run_state;
+    const pl_program *p = s.program;
+    pl_ahead ahead = {{NULL}, {NULL}};
+    pl_member member = *team_member, alone = {0, 1, member.pool, &ahead};
+    member.ahead = &ahead;
+    if (s.batch->n_tokens == 1 && member.count > 1) {
+        s.own = p->single.memory + member.index * p->single.member_bytes;
+    }
+    for (int32_t i = 0; i < p->n_ops; i++) {
+        const pl_op *op = &p->ops[i];
+        if (i && must_meet(&s, i, &member)) {
+            pl_barrier(&member);
+        }
+        const int32_t result = op->dst[0] >= 0 ? op->dst[0] : op->dst[1];
+        const bool is_own = s.own && result >= 0 && p->single.is_own[result];
+        run_op(&s, op, p->counters[i], is_own ? &alone : &member);
+        if (op->kind == PL_OP_LINEAR || op->kind == PL_OP_GLU) {
+            look_ahead(&s, i + 1, &member);
+        }
     }
 }
 

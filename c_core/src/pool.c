@@ -17,6 +17,7 @@
 enum {
     SPINS_BEFORE_YIELD = 4000, /* at a barrier: some tens of microseconds, then give the core to whoever needs it */
     SPINS_BEFORE_SLEEP = 2000, /* between runs */
+    LINES_AT_ONCE = 4,         /* that are asked for between two looks at a barrier */
 };
 
 struct pl_pool {
@@ -62,7 +63,9 @@ void pl_barrier(const pl_member *member) {
         return;
     }
     for (int spins = 0; atomic_load_explicit(&pool->barrier_turn, memory_order_acquire) == turn; spins++) {
-        pause_or_yield(spins);
+        if (!pl_fetch_ahead(member, LINES_AT_ONCE)) {
+            pause_or_yield(spins);
+        }
     }
 }
 
@@ -96,7 +99,7 @@ static void *worker(void *argument) {
         if (pool->stop) {
             return NULL;
         }
-        pl_member member = {start.index, pool->count, pool};
+        pl_member member = {start.index, pool->count, pool, NULL};
         if (member.index < member.count) {
             pool->function(pool->context, &member);
         }
@@ -118,7 +121,7 @@ int32_t pl_pool_size(const pl_pool *pool) { return pool ? pool->n_threads : 1; }
 
 void pl_pool_run(pl_pool *pool, int32_t n_threads, pl_team_function function, void *context) {
     if (!pool || pool->n_threads == 1) {
-        pl_member alone = {0, 1, pool};
+        pl_member alone = {0, 1, pool, NULL};
         function(context, &alone);
         return;
     }
@@ -126,7 +129,7 @@ void pl_pool_run(pl_pool *pool, int32_t n_threads, pl_team_function function, vo
     pool->context = context;
     pool->count = n_threads <= 0 ? pool->n_threads : PL_MIN(n_threads, pool->n_threads);
     publish(pool);
-    pl_member member = {0, pool->count, pool};
+    pl_member member = {0, pool->count, pool, NULL};
     function(context, &member);
     for (int spins = 0; atomic_load_explicit(&pool->finished, memory_order_acquire) < pool->n_threads - 1; spins++) {
         pause_or_yield(spins);

@@ -109,6 +109,11 @@ static int32_t check_qkv(const check *c) {
 static int32_t check_op(const check *c) {
     const pl_op *op = c->op;
     const pl_program *p = c->p;
+    for (int32_t i = 0; i < 4; i++) {
+        if (op->src[i] < -1 || op->src[i] >= p->n_values || (i < 3 && (op->dst[i] < -1 || op->dst[i] >= p->n_values))) {
+            return refuse(c, "a value does not exist");
+        }
+    }
     switch (op->kind) {
     case PL_OP_EMBED:
         return op->w[0] && is_value(c, op->dst[0], PL_VALUE_F32, PL_ROWS_TOKENS, op->w[0]->n_cols, false)
@@ -193,6 +198,10 @@ static void *copy_of(const void *source, size_t bytes, pl_error *err) {
     return copy;
 }
 
+static int64_t value_bytes(const pl_value *v, int32_t rows) {
+    return v->kind == PL_VALUE_Q8 ? pl_q8_bytes(v->width, rows) : (int64_t)v->width * rows * 4;
+}
+
 static int32_t allocate_slots(pl_program *p, pl_error *err) {
     p->slots = pl_alloc(sizeof *p->slots * (size_t)p->n_slots, err);
     int64_t *starts = pl_alloc(sizeof *starts * (size_t)p->n_slots, err);
@@ -206,7 +215,7 @@ static int32_t allocate_slots(pl_program *p, pl_error *err) {
             const pl_value *v = &p->values[i];
             const int32_t rows = v->rows == PL_ROWS_TOKENS ? p->max_tokens : p->max_outputs;
             if (v->slot == slot) {
-                bytes = PL_MAX(bytes, v->kind == PL_VALUE_Q8 ? pl_q8_bytes(v->width, rows) : (int64_t)v->width * rows * 4);
+                bytes = PL_MAX(bytes, value_bytes(v, rows));
             }
         }
         starts[slot] = p->slot_bytes;
@@ -234,6 +243,110 @@ static int32_t allocate_attention(pl_program *p, int32_t n_threads, pl_error *er
                                                             n_threads);
     p->attention_scratch = pl_alloc((size_t)p->attention_scratch_bytes, err);
     return p->attention_scratch ? 0 : -1;
+}
+
+/* ---- runs of one token --------------------------------------------------------------------------------------------- */
+
+static bool is_of_rows(const pl_op *op) {
+    return op->kind != PL_OP_LINEAR && op->kind != PL_OP_GLU && op->kind != PL_OP_QKV && op->kind != PL_OP_ATTENTION;
+}
+
+/* The values that an op writes, some in place: at most four; returns how many. */
+static int32_t written_by(const pl_op *op, int32_t values[4]) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < 3; i++) {
+        if (op->dst[i] >= 0) {
+            values[n++] = op->dst[i];
+        }
+    }
+    if (op->kind == PL_OP_QKV) {
+        values[n++] = op->src[1];
+    }
+    return n;
+}
+
+/* A value is every member's own if only ops write it whose every result can be. */
+static void find_own_values(const pl_program *p) {
+    bool *is_own = p->single.is_own;
+    memset(is_own, true, (size_t)p->n_values);
+    for (bool changed = true; changed;) {
+        changed = false;
+        for (int32_t i = 0; i < p->n_ops; i++) {
+            int32_t values[4];
+            const int32_t n = written_by(&p->ops[i], values);
+            bool shared = !is_of_rows(&p->ops[i]);
+            for (int32_t j = 0; j < n; j++) {
+                shared |= !is_own[values[j]];
+            }
+            for (int32_t j = 0; j < n && shared; j++) {
+                changed |= is_own[values[j]];
+                is_own[values[j]] = false;
+            }
+        }
+    }
+}
+
+/* What has been done to shared memory since the team met: flags for each slot. */
+enum { WAS_READ = 1, WAS_WRITTEN = 2 };
+
+static void find_meetings(const pl_program *p, uint8_t *done) {
+    bool kv_written = false;
+    for (int32_t i = 0; i < p->n_ops; i++) {
+        const pl_op *op = &p->ops[i];
+        int32_t written[4];
+        const int32_t n_written = written_by(op, written);
+        bool reads_new = op->kind == PL_OP_ATTENTION && kv_written, overwrites = false;
+        for (int32_t j = 0; j < 4; j++) {
+            reads_new |= op->src[j] >= 0 && !p->single.is_own[op->src[j]] && done[p->values[op->src[j]].slot] & WAS_WRITTEN;
+        }
+        for (int32_t j = 0; j < n_written; j++) {
+            overwrites |= !p->single.is_own[written[j]] && done[p->values[written[j]].slot];
+        }
+        const bool heads_follow = op->kind == PL_OP_ATTENTION && i && p->ops[i - 1].kind == PL_OP_QKV &&
+                                  p->ops[i - 1].n[0] == op->n[0] && p->ops[i - 1].src[0] == op->src[0];
+        p->single.meetings[i] = overwrites || (reads_new && !heads_follow) ? PL_MEET
+                                : reads_new ? PL_MEET_UNLESS_HEADS_ARE_KEPT : PL_MEET_NOT;
+        if (p->single.meetings[i] == PL_MEET) {
+            memset(done, 0, (size_t)p->n_slots);
+            kv_written = false;
+        }
+        for (int32_t j = 0; j < 4; j++) {
+            if (op->src[j] >= 0) {
+                done[p->values[op->src[j]].slot] |= p->single.is_own[op->src[j]] ? 0 : WAS_READ;
+            }
+        }
+        for (int32_t j = 0; j < n_written; j++) {
+            done[p->values[written[j]].slot] |= p->single.is_own[written[j]] ? 0 : WAS_WRITTEN;
+        }
+        kv_written |= op->kind == PL_OP_QKV;
+    }
+}
+
+static int32_t plan_single(pl_program *p, int32_t n_threads, pl_error *err) {
+    pl_single_plan *s = &p->single;
+    s->meetings = pl_alloc(sizeof *s->meetings * (size_t)p->n_ops, err);
+    s->is_own = pl_alloc(sizeof *s->is_own * (size_t)p->n_values, err);
+    s->starts = pl_alloc(sizeof *s->starts * (size_t)p->n_slots, err);
+    uint8_t *done = pl_alloc((size_t)p->n_slots, err);
+    if (!s->meetings || !s->is_own || !s->starts || !done) {
+        pl_free(done);
+        return -1;
+    }
+    find_own_values(p);
+    find_meetings(p, done);
+    pl_free(done);
+    for (int32_t slot = 0; slot < p->n_slots; slot++) {
+        int64_t bytes = 0;
+        for (int32_t i = 0; i < p->n_values; i++) {
+            if (p->values[i].slot == slot && s->is_own[i]) {
+                bytes = PL_MAX(bytes, value_bytes(&p->values[i], 1));
+            }
+        }
+        s->starts[slot] = s->member_bytes;
+        s->member_bytes += pl_round_up(bytes, 64);
+    }
+    s->memory = pl_alloc((size_t)(s->member_bytes * n_threads), err);
+    return s->memory ? 0 : -1;
 }
 
 /* Notes how each layer's K is rotated, for pl_kv_copy. */
@@ -286,7 +399,8 @@ PL_API pl_program *pl_program_new(const pl_op *ops, int32_t n_ops, const pl_valu
             p->n_vocab = (int32_t)p->ops[i].w[0]->n_rows;
         }
     }
-    if (!good || allocate_slots(p, err) < 0 || allocate_attention(p, pl_pool_size(pool), err) < 0 || note_ropes(p, err) < 0) {
+    if (!good || allocate_slots(p, err) < 0 || allocate_attention(p, pl_pool_size(pool), err) < 0 ||
+        plan_single(p, pl_pool_size(pool), err) < 0 || note_ropes(p, err) < 0) {
         pl_program_free(p);
         return NULL;
     }
@@ -303,11 +417,15 @@ PL_API void pl_program_free(pl_program *p) {
     pl_free(p->values);
     pl_free(p->counters);
     pl_free(p->layer_ropes);
+    pl_free(p->single.meetings);
+    pl_free(p->single.is_own);
+    pl_free(p->single.starts);
+    pl_free(p->single.memory);
     pl_free(p->attention_scratch);
     pl_free(p);
 }
 
-PL_API int64_t pl_program_bytes(const pl_program *p) { return p->slot_bytes + p->attention_scratch_bytes; }
+PL_API int64_t pl_program_bytes(const pl_program *p) { return p->slot_bytes + p->attention_scratch_bytes + p->single.member_bytes * pl_pool_size(p->pool); }
 
 /* ---- runs ---------------------------------------------------------------------------------------------------------- */
 
@@ -365,7 +483,7 @@ PL_API int32_t pl_run(pl_program *p, int32_t n_threads, const pl_batch *batch, p
         return -1;
     }
     memset(p->counters, 0, sizeof *p->counters * (size_t)p->n_ops);
-    pl_run_state state = {p, batch};
+    pl_run_state state = {p, batch, NULL};
     pl_pool_run(p->pool, n_threads, pl_run_ops, &state);
     return 0;
 }

@@ -7,6 +7,25 @@
 #include "kv.h"
 #include "pool.h"
 
+/*
+ * With one token, ops on rows are too short to be shared out: every member does them for itself, and keeps the result in memory
+ * of its own. So the team need not meet before and after them, but where something shared is read after another member wrote
+ * it, or written after another read it.
+ */
+typedef enum pl_meeting {
+    PL_MEET_NOT,
+    PL_MEET,
+    PL_MEET_UNLESS_HEADS_ARE_KEPT, /* pl_attention_keeps_heads() */
+} pl_meeting;
+
+typedef struct pl_single_plan {
+    pl_meeting *meetings; /* for each op: before it */
+    bool *is_own;         /* for each value: every member has its own */
+    int64_t *starts;      /* for each slot: where it is in a member's memory */
+    int64_t member_bytes;
+    uint8_t *memory;      /* of all members */
+} pl_single_plan;
+
 /* How K of a layer is rotated. */
 typedef struct pl_layer_rope {
     const float *inverse_frequencies; /* NULL: not at all */
@@ -30,12 +49,14 @@ struct pl_program {
     const pl_cpu_set *cpu;
     uint8_t *attention_scratch;
     int64_t attention_scratch_bytes;
+    pl_single_plan single;
     atomic_int (*counters)[2]; /* for each op: shared work counters, zeroed before a run */
 };
 
 typedef struct pl_run_state {
     const pl_program *program;
     const pl_batch *batch;
+    uint8_t *own; /* a member's memory for values of its own, in a run of one token */
 } pl_run_state;
 
 /* Runs all ops; every member of the team calls it. */
