@@ -63,14 +63,22 @@ static operand operand_of(const pl_run_state *s, int32_t value) {
     return float_operand(data_of(s, value), width_of(s, value), rows_of(s, value), s->program->cpu->kernels->max_lanes);
 }
 
-enum {
-    UNIT_PANELS = 2,
-    UNIT_ROWS = UNIT_PANELS * PL_PANEL_ROWS,
-    STREAMING_LANES = 2, /* up to so many, memory bounds a product, and one stream is read faster than two side by side */
-};
+enum { UNIT_PANELS = 2, UNIT_ROWS = UNIT_PANELS * PL_PANEL_ROWS };
 
 /* The panels of a matrix, in pairs. */
 static int64_t units_of(const pl_weight *w) { return (w->n_panels + UNIT_PANELS - 1) / UNIT_PANELS; }
+
+/*
+ * While `n` panels at `panel` meet tile `tile`, the panels behind them can come from memory. Each of the tiles fetches a share
+ * of them, so that memory and multiplication are busy all the time: with a few tokens both take about as long.
+ */
+static pl_next next_of(const pl_weight *w, int64_t panel, int64_t n, int32_t tile, int32_t n_tiles) {
+    enum { MOST_SHARES = 4 };
+    const int32_t shares = PL_MIN(n_tiles, MOST_SHARES);
+    const int64_t bytes = PL_MIN(n, w->n_panels - panel - n) * w->panel_bytes;
+    const int64_t share = pl_round_up((bytes + shares - 1) / shares, 64), first = tile % shares * share;
+    return (pl_next){pl_weight_panel(w, panel + n) + first, PL_MAX(0, PL_MIN(share, bytes - first))};
+}
 
 /* out[lane][32], rows `stride` floats apart: one unit of a matrix times one tile; [lane][16] where the last unit is one panel. */
 static void unit_times_tile(const pl_kernels *k, const pl_weight *w, int64_t unit, const operand *x, int32_t tile, float *out,
@@ -81,8 +89,9 @@ static void unit_times_tile(const pl_kernels *k, const pl_weight *w, int64_t uni
     for (int64_t panel = first; panel < last; panel += n, out += PL_PANEL_ROWS) {
         const uint8_t *p = pl_weight_panel(w, panel);
         if (x->quantized) {
-            n = x->lanes <= STREAMING_LANES ? 1 : (int32_t)PL_MIN(k->max_panels, last - panel);
-            k->product(w->format, x->lanes, n)(w, p, pl_q8_tile(&x->q8, tile), out, stride);
+            n = x->lanes <= PL_STREAMING_LANES ? 1 : (int32_t)PL_MIN(k->max_panels, last - panel);
+            const pl_next next = next_of(w, panel, n, tile, x->n_tiles);
+            k->product(w->format, x->lanes, n)(w, p, pl_q8_tile(&x->q8, tile), out, stride, next);
         } else {
             n = 1;
             k->product_float(w, p, x->x + row * x->stride, x->stride, PL_MIN(x->lanes, x->n_rows - row), out, stride);

@@ -116,7 +116,7 @@ static void compare_product(const pl_cpu_set *set, const pl_weight *w, int64_t p
         k->product_float(w, p, x, width, lanes, got, STRIDE);
     } else {
         uint8_t *tile = quantized_tile(k, x, width, lanes);
-        k->product(w->format, lanes, panels)(w, p, tile, got, STRIDE);
+        k->product(w->format, lanes, panels)(w, p, tile, got, STRIDE, (pl_next){p, panels * w->panel_bytes});
         pl_free(tile);
     }
     for (int32_t i = 0; i < PL_MAX_LANES * STRIDE; i++) {
@@ -130,7 +130,7 @@ static void compare_product(const pl_cpu_set *set, const pl_weight *w, int64_t p
                 scalar->product_float(w, p, x + lane * width, width, 1, expected, PL_PANEL_ROWS);
             } else {
                 uint8_t *tile = quantized_tile(scalar, x + lane * width, width, 1);
-                scalar->product(w->format, 1, 1)(w, p + i * w->panel_bytes, tile, expected, PL_PANEL_ROWS);
+                scalar->product(w->format, 1, 1)(w, p + i * w->panel_bytes, tile, expected, PL_PANEL_ROWS, (pl_next){0});
                 pl_free(tile);
             }
             if (!close_to(got + lane * STRIDE + i * PL_PANEL_ROWS, expected, PL_PANEL_ROWS, tolerance)) {

@@ -10,8 +10,18 @@
 
 enum { PL_READ_UNIT = 1024, PL_ROUND_PRODUCTS = 8192 };
 
+/* Up to so many tokens, memory bounds a product, and one stream is read faster than two side by side: one panel at a time. */
+enum { PL_STREAMING_LANES = 2 };
+
+/* What will be read after a product: it may fetch these bytes into the caches on its way. */
+typedef struct pl_next {
+    const uint8_t *at;
+    int64_t bytes;
+} pl_next;
+
 /* out[lane][0 .. 15 or 31], rows `stride` floats apart = one or two panels of a quantized matrix times a tile. */
-typedef void (*pl_panel_product)(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride);
+typedef void (*pl_panel_product)(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride,
+                                 pl_next next);
 
 typedef struct pl_kernels {
     int32_t max_lanes;  /* rows of a tile, at most PL_MAX_LANES */

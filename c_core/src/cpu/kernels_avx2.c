@@ -179,7 +179,9 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
 
 /* One function for each format and each number of lanes. */
 #define PRODUCT(name, lanes, ...)                                                                                           \
-    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {       \
+    static void name##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride,         \
+                               pl_next next) {                                                                              \
+        (void)next;                                                                                                         \
         product(__VA_ARGS__, lanes, w, panel, tile, out, stride);                                                           \
     }
 #define PRODUCTS(name, ...)                                                                                                 \

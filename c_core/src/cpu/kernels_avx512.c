@@ -17,9 +17,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /*
- * How far ahead of the codes that are multiplied others are fetched. Memory answers after some 500 cycles, in which a product
- * of many lanes gets through eight groups and one of few lanes through forty; the processor's own fetching ahead alone does
- * not keep a product of many lanes supplied.
+ * With few lanes, how far ahead of the codes that are multiplied others are fetched: memory answers after some 500 cycles, in
+ * which a product gets through forty groups. Products of more lanes fetch what their caller names.
  */
 enum { AHEAD = 4096 };
 
@@ -81,13 +80,15 @@ INLINE void affine(int kind, const uint8_t *head, const uint8_t *line, int group
  * times the sum of the activations, so that codes need not become signed.
  */
 INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, int panels,
-                    const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {
+                    const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride, pl_next next) {
     const int32_t width = (int32_t)w->n_cols;
     const int64_t groups = width / PL_GROUP, apart = w->panel_bytes;
     const int in_line = pl_line_groups(kind), parts = PL_GROUP / sub, n = panels * lanes;
     const uint8_t *at = panel, *head = panel, *line = panel, *q = tile;
     const float *dx = pl_q8_d(tile, width, lanes), *sums = pl_q8_sum32(tile, width, lanes);
     const int32_t *minus = sub == 32 ? pl_q8_minus32(tile, width, lanes) : pl_q8_minus16(tile, width, lanes);
+    const uint8_t *fetched = next.at, *const end = fetched + next.bytes;
+    const int64_t lines_per_group = (next.bytes / 64 + groups - 1) / groups;
     __m512 total[2 * PL_MAX_LANES];
 #pragma GCC unroll 12
     for (int t = 0; t < n; t++) {
@@ -103,14 +104,15 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
             at += PL_LINE_BYTES;
         }
         const uint8_t *codes_at[2] = {at, at + (panels - 1) * apart};
-        /* Behind the first of two panels lies the second, which is being read: what comes next is the next pair. */
-        const int64_t ahead = panels == 2 && at + AHEAD >= panel + apart ? AHEAD + apart : AHEAD;
         __asm__("" : "+r"(codes_at[1])); /* one register instead of many sums of addresses */
-#pragma GCC unroll 2
-        for (int p = 0; p < panels; p++) {
+        if (lanes <= PL_STREAMING_LANES) {
 #pragma GCC unroll 8
             for (int i = 0; i < pl_code_bytes(low_bits, two_shift, one_shift); i += 64) {
-                _mm_prefetch((const char *)(codes_at[p] + ahead + i), _MM_HINT_T0);
+                _mm_prefetch((const char *)(at + AHEAD + i), _MM_HINT_T0);
+            }
+        } else {
+            for (int64_t i = 0; i < lines_per_group && fetched < end; i++, fetched += 64) {
+                _mm_prefetch((const char *)fetched, _MM_HINT_T0);
             }
         }
 #pragma GCC unroll 2
@@ -176,8 +178,8 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
 /* One function for each format, number of panels and number of lanes. */
 #define PRODUCT(name, lanes, panels, ...)                                                                                   \
     static void name##_##panels##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out,              \
-                                          int64_t stride) {                                                                 \
-        product(__VA_ARGS__, lanes, panels, w, panel, tile, out, stride);                                                   \
+                                          int64_t stride, pl_next next) {                                                   \
+        product(__VA_ARGS__, lanes, panels, w, panel, tile, out, stride, next);                                             \
     }
 #define PRODUCTS_OF(name, panels, ...)                                                                                      \
     PRODUCT(name, 1, panels, __VA_ARGS__)                                                                                   \

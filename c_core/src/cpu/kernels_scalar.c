@@ -38,7 +38,9 @@ static void product(const pl_weight *w, const uint8_t *panel, uint8_t *tile, int
 }
 
 #define PRODUCT(lanes)                                                                                                      \
-    static void product_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride) {      \
+    static void product_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride,        \
+                                pl_next next) {                                                                             \
+        (void)next;                                                                                                         \
         product(w, panel, tile, lanes, out, stride);                                                                        \
     }
 PRODUCT(1)
