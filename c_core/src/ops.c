@@ -30,8 +30,34 @@ static pl_q8 q8_of(const pl_run_state *s, int32_t value) {
     return pl_q8_view(data_of(s, value), width_of(s, value), rows_of(s, value), s->program->cpu->kernels->max_lanes);
 }
 
-static void quantize_row(const pl_kernels *k, const float *x, const pl_q8 *q, int32_t row) {
-    k->quantize(x, q->width / PL_GROUP, pl_q8_tile(q, row / q->lanes), q->width, q->lanes, row % q->lanes, 0, false);
+/* A share of a quantized matrix's rows: whole tiles, which are made faster, where there are enough of them. */
+static void tile_share(const pl_member *member, const pl_q8 *q, int32_t *first, int32_t *last) {
+    enum { ENOUGH = 4 };
+    if (q->n_tiles < ENOUGH * member->count) {
+        even_share(member, q->n_rows, first, last);
+        return;
+    }
+    even_share(member, q->n_tiles, first, last);
+    *first *= q->lanes;
+    *last = PL_MIN(*last * q->lanes, q->n_rows);
+}
+
+/* How many of the rows [row, last) are of one tile. */
+static int32_t rows_of_tile(const pl_q8 *q, int32_t row, int32_t last) { return PL_MIN(q->lanes - row % q->lanes, last - row); }
+
+/* n rows of one tile, which lie `width` floats apart. */
+static void quantize_rows(const pl_kernels *k, const float *x, const pl_q8 *q, int32_t row, int32_t n) {
+    k->quantize(x, q->width, n, q->width / PL_GROUP, pl_q8_tile(q, row / q->lanes), q->width, q->lanes, row % q->lanes, 0);
+}
+
+/* A member's share of the rows of x. */
+static void quantize_share(const pl_kernels *k, const float *x, const pl_q8 *q, const pl_member *member) {
+    int32_t first, last;
+    tile_share(member, q, &first, &last);
+    for (int32_t row = first, n; row < last; row += n) {
+        n = rows_of_tile(q, row, last);
+        quantize_rows(k, x + (int64_t)row * q->width, q, row, n);
+    }
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------------ */
@@ -270,11 +296,12 @@ static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters,
                     memcpy(y + (int64_t)(first + t) * width + unit * UNIT_ROWS, gate[t], sizeof(float) * (size_t)columns);
                 }
                 if (q.base && x.quantized) { /* both have the same tiles */
-                    k->quantize(gate[0], rows, pl_q8_tile(&q, tile), width, q.lanes, 0, (int32_t)unit, true);
+                    k->quantize(gate[0], UNIT_ROWS, rows, 1, pl_q8_tile(&q, tile), width, q.lanes, 0, (int32_t)unit);
                 }
                 for (int32_t t = 0; q.base && !x.quantized && t < rows; t++) {
                     const int32_t row = first + t;
-                    k->quantize(gate[t], 1, pl_q8_tile(&q, row / q.lanes), width, q.lanes, row % q.lanes, (int32_t)unit, false);
+                    k->quantize(gate[t], UNIT_ROWS, 1, 1, pl_q8_tile(&q, row / q.lanes), width, q.lanes, row % q.lanes,
+                                (int32_t)unit);
                 }
             }
         }
@@ -315,20 +342,28 @@ static void op_rope_table(const pl_run_state *s, const pl_op *op, const pl_membe
 }
 
 static void op_rms_norm(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    enum { ON_STACK = 8192 };
+    enum { ON_STACK = 12288 }; /* floats; program.c sees to it that a row fits */
     const pl_kernels *k = s->program->cpu->kernels;
     const int32_t width = width_of(s, op->src[0]);
     const float *x = data_of(s, op->src[0]);
     float *y = op->dst[0] < 0 ? NULL : data_of(s, op->dst[0]);
     const pl_q8 q = op->dst[1] < 0 ? (pl_q8){0} : q8_of(s, op->dst[1]);
-    float row_memory[ON_STACK];
+    float on_stack[ON_STACK];
     int32_t first, last;
-    even_share(member, rows_of(s, op->src[0]), &first, &last);
-    for (int32_t row = first; row < last; row++) {
-        float *normed = y ? y + (int64_t)row * width : row_memory; /* program.c sees to it that it fits */
-        k->rms_norm(x + (int64_t)row * width, op->v[0], op->f[0], width, normed);
+    if (q.base) {
+        tile_share(member, &q, &first, &last);
+    } else {
+        even_share(member, rows_of(s, op->src[0]), &first, &last);
+    }
+    for (int32_t row = first, n; row < last; row += n) {
+        n = q.base ? rows_of_tile(&q, row, last) : 1;
+        n = y ? n : PL_MIN(n, ON_STACK / width);
+        float *normed = y ? y + (int64_t)row * width : on_stack;
+        for (int32_t i = 0; i < n; i++) {
+            k->rms_norm(x + (int64_t)(row + i) * width, op->v[0], op->f[0], width, normed + (int64_t)i * width);
+        }
         if (q.base) {
-            quantize_row(k, normed, &q, row);
+            quantize_rows(k, normed, &q, row, n);
         }
     }
 }
@@ -349,13 +384,8 @@ static void op_norm_add(const pl_run_state *s, const pl_op *op, const pl_member 
 }
 
 static void op_quantize(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const float *x = data_of(s, op->src[0]);
     const pl_q8 q = q8_of(s, op->dst[0]);
-    int32_t first, last;
-    even_share(member, q.n_rows, &first, &last);
-    for (int32_t row = first; row < last; row++) {
-        quantize_row(s->program->cpu->kernels, x + (int64_t)row * q.width, &q, row);
-    }
+    quantize_share(s->program->cpu->kernels, data_of(s, op->src[0]), &q, member);
 }
 
 static void op_add(const pl_run_state *s, const pl_op *op, const pl_member *member) {
@@ -590,11 +620,7 @@ void pl_run_product(void *job_pointer, const pl_member *member) {
     operand x;
     if (job->q8) {
         const pl_q8 q = pl_q8_view(job->q8, width, job->n, lanes);
-        int32_t first, last;
-        even_share(member, job->n, &first, &last);
-        for (int32_t row = first; row < last; row++) {
-            quantize_row(job->cpu->kernels, job->x + (int64_t)row * width, &q, row);
-        }
+        quantize_share(job->cpu->kernels, job->x, &q, member);
         pl_barrier(member);
         x = quantized_operand(q);
     } else {

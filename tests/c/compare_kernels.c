@@ -81,7 +81,7 @@ static uint8_t *random_matrix(int32_t type, int64_t n_rows, int64_t n_cols, int6
 static uint8_t *quantized_tile(const pl_kernels *k, const float *x, int32_t width, int32_t lanes) {
     uint8_t *tile = pl_alloc((size_t)pl_q8_tile_bytes(width, lanes), NULL);
     for (int32_t lane = 0; lane < lanes; lane++) {
-        k->quantize(x + (int64_t)lane * width, width / PL_GROUP, tile, width, lanes, lane, 0, false);
+        k->quantize(x + (int64_t)lane * width, width, 1, width / PL_GROUP, tile, width, lanes, lane, 0);
     }
     return tile;
 }
@@ -181,15 +181,12 @@ static void compare_panels(int32_t type) {
     free(data);
 }
 
-/* The same tile, made a group of all its rows at a time. */
-static uint8_t *tile_made_across(const pl_kernels *k, const float *x, int32_t width, int32_t lanes) {
+/* The same tile, made of `first` rows and then the others; of each first one group alone and then the others. */
+static uint8_t *tile_made_of_parts(const pl_kernels *k, const float *x, int32_t width, int32_t lanes, int32_t first) {
     uint8_t *tile = pl_alloc((size_t)pl_q8_tile_bytes(width, lanes), NULL);
-    for (int32_t group = 0; group < width / PL_GROUP; group++) {
-        float columns[PL_MAX_LANES * PL_GROUP];
-        for (int32_t lane = 0; lane < lanes; lane++) {
-            memcpy(columns + lane * PL_GROUP, x + lane * width + group * PL_GROUP, sizeof(float) * PL_GROUP);
-        }
-        k->quantize(columns, lanes, tile, width, lanes, 0, group, true);
+    for (int32_t lane = 0, rows = first; lane < lanes; lane += rows, rows = lanes - first) {
+        k->quantize(x + lane * width, width, rows, 1, tile, width, lanes, lane, 0);
+        k->quantize(x + lane * width + PL_GROUP, width, rows, width / PL_GROUP - 1, tile, width, lanes, lane, 1);
     }
     return tile;
 }
@@ -208,21 +205,26 @@ static void compare_quantization(const pl_cpu_set *set) {
                     x[i] = -127.0f; /* a scale of 1: the other numbers are ties */
                 }
             }
-            uint8_t *a = quantized_tile(set->kernels, x, WIDTH, lanes), *b = quantized_tile(&pl_kernels_scalar, x, WIDTH, lanes);
-            uint8_t *c = tile_made_across(set->kernels, x, WIDTH, lanes);
+            uint8_t *expected = quantized_tile(&pl_kernels_scalar, x, WIDTH, lanes);
+            uint8_t *by_rows = quantized_tile(set->kernels, x, WIDTH, lanes);
             const size_t bytes = (size_t)pl_q8_tile_bytes(WIDTH, lanes);
-            if (memcmp(a, b, bytes) != 0 || memcmp(c, b, bytes) != 0) {
+            bool good = memcmp(by_rows, expected, bytes) == 0;
+            for (int32_t first = 1; first <= lanes; first++) {
+                uint8_t *tile = tile_made_of_parts(set->kernels, x, WIDTH, lanes, first);
+                good = good && memcmp(tile, expected, bytes) == 0;
+                pl_free(tile);
+            }
+            if (!good) {
                 differ(set->name, "quantization", lanes, round);
             }
-            pl_free(c);
-            pl_free(a);
-            pl_free(b);
+            pl_free(by_rows);
+            pl_free(expected);
         }
     }
 }
 
 static void compare_rows(const pl_cpu_set *set) {
-    enum { MOST = 70 };
+    enum { MOST = 150 };
     float x[MOST], factor[MOST], got[MOST + 1], expected[MOST];
     for (int32_t n = 1; n <= MOST; n++) {
         for (int32_t i = 0; i < n; i++) {

@@ -33,10 +33,10 @@ typedef struct pl_kernels {
     void (*product_float)(const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n, float *out,
                           int64_t out_stride);
 
-    /* Quantizes n groups of 32 columns, one after the other at x, into a tile from lane `lane` and column group `group` on:
-     * groups of one row or, with `across`, the same group of n rows. */
-    void (*quantize)(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
-                     bool across);
+    /* Quantizes n groups of 32 columns of some rows, which lie `stride` floats apart at x, into a tile from lane `lane` and
+     * column group `group` on. */
+    void (*quantize)(const float *x, int64_t stride, int32_t rows, int32_t n, uint8_t *tile, int32_t width, int32_t lanes,
+                     int32_t lane, int32_t group);
     /* y = x / sqrt(mean(x^2) + epsilon) * factor; y may be x. Zhang and Sennrich 2019. */
     void (*rms_norm)(const float *x, const float *factor, float epsilon, int32_t n, float *y);
     /* y = activation(gate) * up; y may be gate or up. */

@@ -305,17 +305,18 @@ INLINE int32_t integer_sum_of(__m256i v) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
 }
 
-static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
-                     bool across) {
+static void quantize(const float *x, int64_t stride, int32_t rows, int32_t n, uint8_t *tile, int32_t width, int32_t lanes,
+                     int32_t lane, int32_t group) {
     float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
     int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    for (int32_t i = 0; i < n; i++, x += PL_GROUP) {
-        const int32_t g = across ? group : group + i, to_lane = across ? lane + i : lane;
+    for (int32_t i = 0; i < rows * n; i++) {
+        const int32_t g = group + i % n, to_lane = lane + i / n;
+        const float *from = x + i / n * stride + i % n * PL_GROUP;
         __m256 v[4], largest = _mm256_setzero_ps();
         __m256i q[4];
         for (int i = 0; i < 4; i++) {
-            v[i] = _mm256_loadu_ps(x + 8 * i);
+            v[i] = _mm256_loadu_ps(from + 8 * i);
             largest = _mm256_max_ps(largest, _mm256_and_ps(v[i], magnitude));
         }
         const float scale = largest_of(largest) / 127.0f;

@@ -285,6 +285,8 @@ static void product_float(const pl_weight *w, const uint8_t *panel, const float 
     }
 }
 
+INLINE __m512 larger_magnitude(__m512 a, __m512 b) { return _mm512_range_ps(a, b, 0xb); }
+
 /* The largest of each quarter of four groups' 16 columns: in every 128-bit lane that of one group, four times. */
 INLINE __m512 largest_of_four(const __m512 m[4]) {
     __m512 half[2];
@@ -301,18 +303,19 @@ INLINE __m512 largest_of_four(const __m512 m[4]) {
  * Up to four groups at a time, so that they share the reductions and divisions. Across, what belongs to neighbouring lanes lies
  * side by side and is stored together; along a row everything has a place of its own.
  */
-INLINE void quantize_fours(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
-                           bool across) {
+INLINE void quantize_fours(const float *x, int64_t stride, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane,
+                           int32_t group, bool across) {
     enum { AT_ONCE = 4, FOURS = PL_GROUP / 4 };
+    const int64_t apart = across ? stride : PL_GROUP;
     for (int32_t first = 0; first < n; first += AT_ONCE) {
         const int32_t count = PL_MIN(n - first, AT_ONCE);
         __m512 a[AT_ONCE], b[AT_ONCE], most[AT_ONCE];
 #pragma GCC unroll 4
         for (int i = 0; i < AT_ONCE; i++) {
-            const float *from = x + PL_MIN(first + i, n - 1) * PL_GROUP; /* past the end the last one again */
+            const float *from = x + PL_MIN(first + i, n - 1) * apart; /* past the end the last one again */
             a[i] = _mm512_loadu_ps(from);
             b[i] = _mm512_loadu_ps(from + 16);
-            most[i] = _mm512_max_ps(_mm512_abs_ps(a[i]), _mm512_abs_ps(b[i]));
+            most[i] = larger_magnitude(a[i], b[i]);
         }
         const __m512i lane_firsts = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
         const __m128 largest = _mm512_castps512_ps128(_mm512_permutexvar_ps(lane_firsts, largest_of_four(most)));
@@ -391,25 +394,114 @@ INLINE void quantize_fours(const float *x, int32_t n, uint8_t *tile, int32_t wid
     }
 }
 
-static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
-                     bool across) {
-    if (across) {
-        quantize_fours(x, n, tile, width, lanes, lane, group, true);
-    } else {
-        quantize_fours(x, n, tile, width, lanes, lane, group, false);
+/* One group of all rows of a tile of six: its codes fill three registers. Results are those of quantize_fours(). */
+INLINE void quantize_six(const float *x, int64_t stride, uint8_t *tile, int32_t width, int32_t group) {
+    enum { LANES = 6, SIX = (1 << LANES) - 1, TWELVE = (1 << 2 * LANES) - 1 };
+    __m512 a[LANES], b[LANES], most[3];
+#pragma GCC unroll 3
+    for (int pair = 0; pair < 3; pair++) {
+        __m512 m[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            const int row = 2 * pair + i;
+            a[row] = _mm512_loadu_ps(x + row * stride);
+            b[row] = _mm512_loadu_ps(x + row * stride + 16);
+            m[i] = larger_magnitude(a[row], b[row]);
+        }
+        most[pair] = _mm512_max_ps(_mm512_shuffle_f32x4(m[0], m[1], 0x44), _mm512_shuffle_f32x4(m[0], m[1], 0xee));
+    }
+    /* 128-bit lanes of rows 0 1 2 3 and of rows 4 5 4 5, then in every lane one of each, twice. */
+    const __m512 four = _mm512_max_ps(_mm512_shuffle_f32x4(most[0], most[1], 0x88), _mm512_shuffle_f32x4(most[0], most[1], 0xdd));
+    const __m512 two = _mm512_max_ps(_mm512_shuffle_f32x4(most[2], most[2], 0x88), _mm512_shuffle_f32x4(most[2], most[2], 0xdd));
+    __m512 all = _mm512_max_ps(_mm512_unpacklo_ps(four, two), _mm512_unpackhi_ps(four, two));
+    all = _mm512_max_ps(all, _mm512_permute_ps(all, 0x4e));
+    const __m512i rows_at = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 1, 12, 8, 4, 0);
+    const __m256 largest = _mm512_castps512_ps256(_mm512_permutexvar_ps(rows_at, all));
+    const __m256 scale = _mm256_div_ps(largest, _mm256_set1_ps(127.0f));
+    const __mmask8 normal = _mm256_cmp_ps_mask(scale, _mm256_set1_ps(FLT_MIN), _CMP_GE_OQ);
+    const __m512 inverses = _mm512_castps256_ps512(_mm256_maskz_div_ps(normal, _mm256_set1_ps(1.0f), scale));
+    __m512i bytes[3]; /* of two rows: in 128-bit lane k four k of the first's 16 columns, its others, the second's */
+    __m512i sums = _mm512_setzero_si512();
+#pragma GCC unroll 3
+    for (int pair = 0; pair < 3; pair++) {
+        __m512i narrow[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            const int row = 2 * pair + i;
+            const __m512 inverse = _mm512_permutexvar_ps(_mm512_set1_epi32(row), inverses);
+            narrow[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(a[row], inverse)),
+                                           _mm512_cvtps_epi32(_mm512_mul_ps(b[row], inverse)));
+        }
+        bytes[pair] = _mm512_packs_epi16(narrow[0], narrow[1]);
+        const __m512i of_fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes[pair]);
+        const __m256i folded = _mm256_add_epi32(_mm512_castsi512_si256(of_fours), _mm512_extracti64x4_epi64(of_fours, 1));
+        const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(folded), _mm256_extracti128_si256(folded, 1));
+        sums = _mm512_mask_broadcast_i32x4(sums, (__mmask16)(0xf << 4 * pair), sum);
+    }
+    int32_t *q = (int32_t *)tile + (int64_t)group * (PL_GROUP / 4) * LANES;
+    /* Where in bytes[0] and [1] the number lies that comes j-th: four j / 6 of row j % 6. Rows 4 and 5 lie so in bytes[2]. */
+#define PLACE(j) ((j) / 6 % 4 * 4 + (j) / 24 + (j) % 2 * 2 + ((j) % 6 / 2 == 1 ? 16 : 0))
+#define PLACES(j) PLACE(j), PLACE(j + 1), PLACE(j + 2), PLACE(j + 3), PLACE(j + 4), PLACE(j + 5), PLACE(j + 6), PLACE(j + 7)
+    static const _Alignas(64) int32_t places[] = {PLACES(0), PLACES(8), PLACES(16), PLACES(24), PLACES(32), PLACES(40)};
+#undef PLACES
+#undef PLACE
+    const __mmask16 last_rows[3] = {0x0c30, 0x30c3, 0xc30c};
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) {
+        const __m512i at = _mm512_load_si512(places + 16 * i), v = _mm512_permutex2var_epi32(bytes[0], at, bytes[1]);
+        _mm512_storeu_si512(q + 16 * i, _mm512_mask_permutexvar_epi32(v, last_rows[i], at, bytes[2]));
+    }
+    const __m512i halves_at = _mm512_set_epi32(0, 0, 0, 0, 11, 9, 7, 5, 3, 1, 10, 8, 6, 4, 2, 0);
+    const __m512i seconds_at = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 11, 9, 7, 5, 3, 1);
+    const __m512i halves = _mm512_permutexvar_epi32(halves_at, sums);
+    const __m256i sum = _mm256_add_epi32(_mm512_castsi512_si256(halves),
+                                         _mm512_castsi512_si256(_mm512_permutexvar_epi32(seconds_at, sums)));
+    const int64_t at = (int64_t)group * LANES;
+    _mm256_mask_storeu_ps(pl_q8_d(tile, width, LANES) + at, SIX, scale);
+    _mm256_mask_storeu_ps(pl_q8_sum32(tile, width, LANES) + at, SIX, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum)));
+    _mm256_mask_storeu_epi32(pl_q8_minus32(tile, width, LANES) + at, SIX, _mm256_sub_epi32(_mm256_setzero_si256(), sum));
+    _mm512_mask_storeu_epi32(pl_q8_minus16(tile, width, LANES) + 2 * at, TWELVE, _mm512_sub_epi32(_mm512_setzero_si512(), halves));
+}
+
+static void quantize(const float *x, int64_t stride, int32_t rows, int32_t n, uint8_t *tile, int32_t width, int32_t lanes,
+                     int32_t lane, int32_t group) {
+    if (rows == 1) {
+        quantize_fours(x, stride, n, tile, width, lanes, lane, group, false);
+        return;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        if (rows == 6 && lanes == 6) {
+            quantize_six(x + i * PL_GROUP, stride, tile, width, group + i);
+        } else {
+            quantize_fours(x + i * PL_GROUP, stride, rows, tile, width, lanes, lane, group + i, true);
+        }
     }
 }
 
 INLINE __mmask16 tail(int32_t left) { return (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1); }
 
 static void rms_norm(const float *x, const float *factor, float epsilon, int32_t n, float *y) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int32_t i = 0; i < n; i += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(tail(n - i), x + i);
-        squares = _mm512_fmadd_ps(v, v, squares);
+    enum { SUMS = 4 }; /* side by side, so that none waits for the one before */
+    __m512 squares[SUMS];
+#pragma GCC unroll 4
+    for (int j = 0; j < SUMS; j++) {
+        squares[j] = _mm512_setzero_ps();
     }
-    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)n + epsilon));
-    for (int32_t i = 0; i < n; i += 16) {
+    int32_t i = 0;
+    for (; i + 16 * SUMS <= n; i += 16 * SUMS) {
+#pragma GCC unroll 4
+        for (int j = 0; j < SUMS; j++) {
+            const __m512 v = _mm512_loadu_ps(x + i + 16 * j);
+            squares[j] = _mm512_fmadd_ps(v, v, squares[j]);
+        }
+    }
+    for (; i < n; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(tail(n - i), x + i);
+        squares[0] = _mm512_fmadd_ps(v, v, squares[0]);
+    }
+    const __m512 all = _mm512_add_ps(_mm512_add_ps(squares[0], squares[1]), _mm512_add_ps(squares[2], squares[3]));
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(all) / (float)n + epsilon));
+    for (i = 0; i < n; i += 16) {
         const __mmask16 mask = tail(n - i);
         const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
         _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, factor + i)));

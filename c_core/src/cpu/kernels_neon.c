@@ -292,15 +292,16 @@ static void product_float(const pl_weight *w, const uint8_t *panel, const float 
     }
 }
 
-static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
-                     bool across) {
+static void quantize(const float *x, int64_t stride, int32_t rows, int32_t n, uint8_t *tile, int32_t width, int32_t lanes,
+                     int32_t lane, int32_t group) {
     float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
     int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
-    for (int32_t i = 0; i < n; i++, x += PL_GROUP) {
-        const int32_t g = across ? group : group + i, to_lane = across ? lane + i : lane;
+    for (int32_t i = 0; i < rows * n; i++) {
+        const int32_t g = group + i % n, to_lane = lane + i / n;
+        const float *from = x + i / n * stride + i % n * PL_GROUP;
         float32x4_t v[8], largest = vdupq_n_f32(0);
         for (int i = 0; i < 8; i++) {
-            v[i] = vld1q_f32(x + 4 * i);
+            v[i] = vld1q_f32(from + 4 * i);
             largest = vmaxq_f32(largest, vabsq_f32(v[i]));
         }
         const float scale = vmaxvq_f32(largest) / 127.0f;

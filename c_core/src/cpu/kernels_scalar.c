@@ -69,20 +69,21 @@ static void product_float(const pl_weight *w, const uint8_t *panel, const float 
     }
 }
 
-static void quantize(const float *x, int32_t n, uint8_t *tile, int32_t width, int32_t lanes, int32_t lane, int32_t group,
-                     bool across) {
+static void quantize(const float *x, int64_t stride, int32_t rows, int32_t n, uint8_t *tile, int32_t width, int32_t lanes,
+                     int32_t lane, int32_t group) {
     float *d = pl_q8_d(tile, width, lanes), *sum32 = pl_q8_sum32(tile, width, lanes);
     int32_t *minus32 = pl_q8_minus32(tile, width, lanes), *minus16 = pl_q8_minus16(tile, width, lanes);
-    for (int32_t i = 0; i < n; i++, x += PL_GROUP) {
-        const int32_t g = across ? group : group + i, to_lane = across ? lane + i : lane;
+    for (int32_t i = 0; i < rows * n; i++) {
+        const int32_t g = group + i % n, to_lane = lane + i / n;
+        const float *from = x + i / n * stride + i % n * PL_GROUP;
         float largest = 0;
         for (int j = 0; j < PL_GROUP; j++) {
-            largest = fmaxf(largest, fabsf(x[j]));
+            largest = fmaxf(largest, fabsf(from[j]));
         }
         const float scale = largest / 127.0f, inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
         int32_t sum[2] = {0, 0};
         for (int j = 0; j < PL_GROUP; j++) {
-            const int32_t q = (int32_t)fminf(fmaxf(rintf(x[j] * inverse), -127.0f), 127.0f);
+            const int32_t q = (int32_t)fminf(fmaxf(rintf(from[j] * inverse), -127.0f), 127.0f);
             sum[j / 16] += q;
             ((int8_t *)tile)[((g * PL_GROUP + j) / 4 * lanes + to_lane) * 4 + j % 4] = (int8_t)q;
         }
