@@ -522,19 +522,18 @@ class Engine:
                 self._end(chunk.sequence, "error", error=f"{type(error).__name__}: {error}")
             return
         self._scheduler.advance(chunks, time.perf_counter() - before)
-        n_rows = 0
+        n_rows, peaks = 0, self.model.peaks
         for chunk in chunks:
             job: _Job = chunk.sequence.owner
             if not job.started:
                 job.started, job.stream.slot_id = before, chunk.sequence.slot
             if chunk.is_last:
-                row = rows[n_rows]
-                n_rows += 1
+                row, end = rows[n_rows], n_rows + 1 + len(chunk.guess)
                 if hidden:
                     self._end(chunk.sequence, "limit", embedding=row.copy())
-                elif self._sample(chunk.sequence, job, row) and chunk.guess:
-                    self._sample_guessed(chunk, job, rows[n_rows : n_rows + len(chunk.guess)])
-                n_rows += len(chunk.guess)
+                elif self._sample(chunk.sequence, job, row, peaks[n_rows]) and chunk.guess:
+                    self._sample_guessed(chunk, job, rows[n_rows + 1 : end], peaks[n_rows + 1 : end])
+                n_rows = end
 
     def _score(self, chunk: Chunk) -> None:
         """Evaluates a part of a prompt, a few tokens at a time, and notes how likely each of the next ones was."""
@@ -559,7 +558,7 @@ class Engine:
         self._scheduler.advance([chunk], time.perf_counter() - before)
         if is_last:
             job.stream.prompt_samples = tuple(job.scores)
-            self._sample(sequence, job, rows[-1])
+            self._sample(sequence, job, rows[-1], None)
 
     @staticmethod
     def _inputs(chunk: Chunk) -> list[SequenceInput]:
@@ -573,21 +572,21 @@ class Engine:
         after = s.n_evaluated + chunk.n
         return [first, *(SequenceInput([t], after + i, s.table.blocks, 1) for i, t in enumerate(chunk.guess))]
 
-    def _sample_guessed(self, chunk: Chunk, job: _Job, rows: np.ndarray) -> None:
+    def _sample_guessed(self, chunk: Chunk, job: _Job, rows: np.ndarray, peaks: np.ndarray) -> None:
         """Goes on sampling for as long as the guess was right."""
         sequence, n_right = chunk.sequence, 0
         job.n_guessed += len(chunk.guess)
-        for token, row in zip(chunk.guess, rows):
+        for token, row, row_peaks in zip(chunk.guess, rows, peaks):
             if sequence.tokens[-1] != token:
                 break
             n_right += 1
             job.n_guessed_right += 1
             self._scheduler.accept(sequence)
-            if not self._sample(sequence, job, row):
+            if not self._sample(sequence, job, row, row_peaks):
                 break
         job.guess_pace.judge(len(chunk.guess), n_right)
 
-    def _sample(self, sequence: Sequence, job: _Job, logits: np.ndarray) -> bool:
+    def _sample(self, sequence: Sequence, job: _Job, logits: np.ndarray, peaks: np.ndarray | None) -> bool:
         """Takes a token and sends the text that it brings; False: the sequence has ended."""
         if not sequence.generating:
             sequence.generating = True
@@ -597,7 +596,7 @@ class Engine:
             self._end(sequence, "limit")
             return False
         try:
-            sample = job.sampler.sample(logits[: tokenizer.n_vocab])  # files may pad the vocabulary
+            sample = job.sampler.sample(logits[: tokenizer.n_vocab], peaks)  # files may pad the vocabulary
         except Exception as error:  # e.g. a grammar that no token fits: this request's own problem
             self._end(sequence, "error", error=str(error))
             return False

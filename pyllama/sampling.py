@@ -299,11 +299,12 @@ class Sampler:
 
     # ---- one token -------------------------------------------------------------------------------
 
-    def sample(self, logits: np.ndarray) -> Sample:
+    def sample(self, logits: np.ndarray, peaks: np.ndarray | None = None) -> Sample:
         """Chooses the next token and counts it as part of the sequence.
 
         Args:
             logits: float32 [n_vocab], contiguous; overwritten. NaN counts as -inf.
+            peaks: what :attr:`Model.peaks` says of them, contiguous; overwritten.
 
         Raises:
             SamplingError: every token is banned, by its logit (-inf or NaN), a bias or the grammar.
@@ -314,7 +315,7 @@ class Sampler:
         raw = logits.copy() if self._n_probs else None
         if self.finished:
             return self._end(raw)
-        token = self._choose(lib.pl_sample, logits)
+        token = self._choose(lib.pl_sample, logits, ffi.NULL if peaks is None else ffi.from_buffer("float[]", peaks))
         if self._matcher is not None and not (token is not None and self._is_permitted(token)):
             self._ban_what_is_not_permitted(logits, self._matcher)
             token = self._choose(lib.pl_choose, logits)
@@ -333,10 +334,10 @@ class Sampler:
         """
         return self._report(token, [], logits)
 
-    def _choose(self, function: Callable[..., int], logits: np.ndarray) -> int | None:
+    def _choose(self, function: Callable[..., int], logits: np.ndarray, *peaks: ffi.CData) -> int | None:
         """Runs the chain and draws; None when there is nothing to draw."""
         core = self._core
-        n = function(core, ffi.from_buffer("float[]", logits), self._random(), self._error)
+        n = function(core, ffi.from_buffer("float[]", logits), *peaks, self._random(), self._error)
         if n < 0:
             raise failure(self._error)
         return core.tokens[core.chosen] if n else None

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pyllama.core import BLOCK_TOKENS
+from pyllama.core import BLOCK_TOKENS, lib
 from pyllama.scheduler import truncated
 
 N_VOCAB = 300
@@ -67,6 +67,7 @@ class FakeModel:
         self.ascii_only = ascii_only
         self.seconds_per_token = 0.0
         self.batches: list[list[int]] = []  # tokens of each sequence of each run
+        self.peaks = np.empty((0, -(-N_VOCAB // lib.PL_PEAK_LOGITS)), np.float32)
         self.fail_on: int | None = None  # a token that makes the run fail
 
     def _history(self, blocks: list[int], n: int) -> list[int]:
@@ -104,6 +105,10 @@ class FakeModel:
                 row = self._logits(self._history(item.blocks, item.n_past + n + 1))
                 rows.append(row[:4] if hidden else row)
         time.sleep(self.seconds_per_token * sum(len(item.tokens) for item in inputs))
+        padding = -N_VOCAB % lib.PL_PEAK_LOGITS
+        if not hidden:
+            padded = np.pad(np.reshape(rows, (len(rows), N_VOCAB)), ((0, 0), (0, padding)), constant_values=-np.inf)
+            self.peaks = padded.reshape(len(rows), self.peaks.shape[1], lib.PL_PEAK_LOGITS).max(axis=2).astype(np.float32)
         return np.array(rows, np.float32).reshape(len(rows), 4 if hidden else N_VOCAB)
 
     def kv_copy(self, src_blocks, src_pos, dst_blocks, dst_pos, n) -> None:

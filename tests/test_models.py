@@ -58,6 +58,18 @@ def test_token_by_token_is_the_same(model: Model) -> None:
         np.testing.assert_allclose(row, whole[i], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("more", [{}, {"final_logit_softcapping": 3.0}])
+@pytest.mark.parametrize("n_specials", [0, 1, 7, 16])
+def test_peaks_are_the_largest_logits(tmp_path: Path, n_specials: int, more: dict[str, float]) -> None:
+    path = tmp_path / "tiny.gguf"
+    tiny_models.make_gemma3(path, specials=[f"<special {i}>" for i in range(n_specials)], more=more)
+    model = load(path, n_ctx=64, n_threads=2)
+    for outputs in (1, 3, 20):
+        rows = model.run([SequenceInput(TOKENS[:20], 0, [0], outputs)])
+        padded = np.pad(rows, ((0, 0), (0, -model.hp.n_vocab % 32)), constant_values=-np.inf)
+        np.testing.assert_array_equal(model.peaks[:outputs], padded.reshape(outputs, -1, 32).max(axis=2))
+
+
 @pytest.mark.parametrize("make", [tiny_models.make_llama, tiny_models.make_gemma3])
 def test_the_division_into_runs_changes_no_bit(make: Callable[..., None], tmp_path: Path) -> None:
     """Quantized weights and halves in the cache: what a token gets must not depend on how many others are in its run."""

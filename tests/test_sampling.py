@@ -137,10 +137,27 @@ class Core:
         self.struct.work = ffi.from_buffer("double[]", self.work)
 
     def run(self, logits, random=0.0):
-        """[(logit, token)] of the candidates"""
-        n = call(lib.pl_sample, self.struct, ffi.from_buffer("float[]", logits), random)
+        """[(logit, token)] of the candidates, which are the same with and without the logits' peaks"""
+        copy, peaks = logits.copy(), peaks_of(logits)
+        with_peaks = self._run(copy, ffi.from_buffer("float[]", peaks), random)
+        chosen = self.struct.chosen
+        assert self._run(logits, ffi.NULL, random) == with_peaks
+        assert self.struct.chosen == chosen
+        np.testing.assert_array_equal(copy, logits)
+        np.testing.assert_array_equal(peaks, peaks_of(logits))
+        return with_peaks
+
+    def _run(self, logits, peaks, random):
+        n = call(lib.pl_sample, self.struct, ffi.from_buffer("float[]", logits), peaks, random)
         assert (self.tokens[self.room], self.logits[self.room], self.work[self.room]) == (-7, 77, 78)
         return list(zip(self.logits[:n].tolist(), self.tokens[:n].tolist()))
+
+
+def peaks_of(logits):
+    """The largest of each PL_PEAK_LOGITS logits, as a model's run notes them."""
+    whole = np.full((-(-len(logits) // lib.PL_PEAK_LOGITS), lib.PL_PEAK_LOGITS), -math.inf, np.float32)
+    whole.reshape(-1)[: len(logits)] = np.where(np.isnan(logits), -math.inf, logits)
+    return whole.max(axis=1, initial=-math.inf)
 
 
 def selected(kind, logits, value):

@@ -211,6 +211,7 @@ typedef struct pl_batch {
     int32_t n_outputs;      /* 0 .. max_outputs */
     const int32_t *outputs; /* token indices, ascending */
     float *logits;          /* [n_outputs][n_vocab], or NULL */
+    float *peaks;           /* [n_outputs][n_vocab / PL_PEAK_LOGITS, rounded up]: the largest of so many logits; or NULL */
     float *hidden;          /* [n_outputs][n_embd], or NULL */
 } pl_batch;
 
@@ -228,6 +229,9 @@ int32_t pl_kv_copy(const pl_program *p, const int32_t *src_blocks, int32_t n_src
 
 /* Logits that are NaN or -infinity are never taken; +infinity counts as the largest finite number. Of two equal logits the
  * one with the lower token number is the better. */
+
+/* Of so many neighbouring logits a run notes the largest, so that sampling need not look at all of them. */
+enum { PL_PEAK_LOGITS = 32 };
 
 /* log(sum of e^(logit * scale)), scale > 0; -infinity when there is nothing to sum. */
 double pl_log_sum_exp(const float *logits, int32_t n, double scale);
@@ -278,8 +282,9 @@ typedef struct pl_sampling {
     double log_total; /* log of the sum of e^logit over the candidates */
 } pl_sampling;
 
-/* Adds the biases to the logits and penalizes recent tokens, in place, then does the same as pl_choose. */
-int32_t pl_sample(pl_sampling *sampling, float *logits, double random, pl_error *err);
+/* Adds the biases to the logits and penalizes recent tokens, in place, then does the same as pl_choose. `peaks`: as pl_run
+ * gave them for these logits, which changes them likewise; or NULL. */
+int32_t pl_sample(pl_sampling *sampling, float *logits, float *peaks, double random, pl_error *err);
 /* Runs the chain and draws one of the candidates by a random number 0 <= random < 1 (0: the best one). Returns their number, which
  * is 0 when there is no logit to take. */
 int32_t pl_choose(pl_sampling *sampling, const float *logits, double random, pl_error *err);

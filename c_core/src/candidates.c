@@ -1,6 +1,8 @@
 /* candidates.c - picking tokens out of a whole vocabulary: see candidates.h. */
 #include "candidates.h"
 
+#include "cpu/kernels.h"
+
 #include <float.h>
 #include <math.h>
 
@@ -8,6 +10,7 @@ enum {
     CHUNK = 64, /* logits looked at together */
     RADIX_BITS = 11,
     RADIX = 1 << RADIX_BITS,
+    MOST_PARTS = 6 * PL_FEW,
 };
 
 static inline float finite_logit(float logit) { return logit > FLT_MAX ? FLT_MAX : logit; }
@@ -37,6 +40,14 @@ static inline void swap(uint64_t *a, uint64_t *b) {
     const uint64_t t = *a;
     *a = *b;
     *b = t;
+}
+
+static uint64_t smallest(const uint64_t *c, int64_t n) {
+    uint64_t least = c[0];
+    for (int64_t i = 1; i < n; i++) {
+        least = PL_MIN(least, c[i]);
+    }
+    return least;
 }
 
 /* Moves the `k` largest of c[n] to its front, in no order, the k-th largest to c[k - 1] (quickselect, 1 <= k <= n). */
@@ -175,18 +186,91 @@ static int64_t keep_above(const float *x, int32_t n, int32_t first, float *floor
     return count;
 }
 
-PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *tokens, double *values, pl_error *err) {
-    if (check_size(n, err) != 0) {
+/*
+ * A number below which none of the best k of x[n] are, found with `parts` > k disjoint parts: k numbers reach the k-th largest
+ * of the parts' maxima, and with several times k parts few others do. Part i is x[i], x[i + parts], x[i + 2 * parts] ...
+ */
+static float floor_by_columns(const float *x, int32_t n, int32_t k, int32_t parts) {
+    float maxima[MOST_PARTS];
+    uint64_t ordered[MOST_PARTS];
+    memcpy(maxima, x, (size_t)parts * sizeof *maxima);
+    for (int32_t row = 1; row < n / parts; row++) {
+        for (int32_t i = 0; i < parts; i++) {
+            maxima[i] = x[row * parts + i] > maxima[i] ? x[row * parts + i] : maxima[i];
+        }
+    }
+    for (int32_t i = 0; i < parts; i++) {
+        ordered[i] = pack(maxima[i] > -INFINITY ? maxima[i] : -INFINITY, i);
+    }
+    select_largest(ordered, parts, k);
+    return nextafterf(packed_logit(ordered[k - 1]), -INFINITY);
+}
+
+/* The best k of x[n] in no order and maybe some others, for which there is room for 2k + CHUNK. Returns how many. */
+static int64_t keep_best(const float *x, int32_t n, int32_t k, uint64_t *kept) {
+    const int64_t limit = 2 * (int64_t)k;
+    const int32_t parts = PL_MIN(6 * (int64_t)k, MOST_PARTS), chunks = n / CHUNK / parts, size = CHUNK * chunks;
+    const int32_t n_blocks = chunks > 0 && k <= PL_FEW ? parts : 0;
+    float floor = -INFINITY;
+    int64_t count = 0;
+    if (n_blocks > 0) { /* the parts are blocks, so that most need not be looked at again */
+        float maxima[MOST_PARTS];
+        uint64_t ordered[MOST_PARTS];
+        for (int32_t i = 0; i < n_blocks; i++) {
+            maxima[i] = maximum(x + i * size, chunks);
+            ordered[i] = pack(maxima[i], i);
+        }
+        select_largest(ordered, n_blocks, k);
+        floor = nextafterf(packed_logit(ordered[k - 1]), -INFINITY);
+        for (int32_t i = 0; i < n_blocks; i++) {
+            if (maxima[i] > floor) {
+                count = keep_above(x + i * size, size, i * size, &floor, kept, count, limit, k);
+            }
+        }
+    } else if (n > parts && k <= PL_FEW) {
+        floor = floor_by_columns(x, n, k, parts);
+    }
+    const int32_t rest = n_blocks * size;
+    return keep_above(x + rest, n - rest, rest, &floor, kept, count, limit, k);
+}
+
+static inline int32_t n_peaks(const pl_logits *l) { return (l->n + PL_PEAK_LOGITS - 1) / PL_PEAK_LOGITS; }
+static inline int32_t peak_size(const pl_logits *l, int32_t peak) { return PL_MIN(PL_PEAK_LOGITS, l->n - peak * PL_PEAK_LOGITS); }
+
+/* The same by way of the peaks, of which there are more than k: the k best logits are below the k best peaks, k <= PL_FEW. */
+static int64_t keep_best_of_peaks(const pl_logits *l, int32_t k, uint64_t *kept) {
+    const int64_t limit = 2 * (int64_t)k;
+    int64_t n = keep_best(l->peaks, n_peaks(l), k, kept), count = 0;
+    if (n > k) {
+        select_largest(kept, n, k);
+        n = k;
+    }
+    /* In the order of tokens, as keep_above wants them. */
+    uint64_t peaks[PL_FEW];
+    for (int64_t i = 0; i < n; i++) {
+        peaks[i] = (uint32_t)~packed_token(kept[i]);
+    }
+    pl_sort_descending(peaks, NULL, n, 0);
+    float floor = n == k ? nextafterf(packed_logit(smallest(kept, n)), -INFINITY) : -INFINITY;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t peak = (int32_t)~(uint32_t)peaks[i], first = peak * PL_PEAK_LOGITS;
+        count = keep_above(l->x + first, peak_size(l, peak), first, &floor, kept, count, limit, k);
+    }
+    return count;
+}
+
+int32_t pl_best(const pl_logits *l, int32_t k, int32_t *tokens, double *values, pl_error *err) {
+    if (check_size(l->n, err) != 0) {
         return -1;
     }
     if (k < 1) {
         return pl_fail(err, "top-k needs k >= 1, not %d", k);
     }
-    if (n == 0) {
+    if (l->n == 0) {
         return 0;
     }
-    k = PL_MIN(k, n);
-    const int64_t limit = 2 * (int64_t)k, room = limit + CHUNK;
+    k = PL_MIN(k, l->n);
+    const int64_t room = 2 * (int64_t)k + CHUNK;
     uint64_t small[2 * PL_FEW + CHUNK], *kept = small, *large = NULL;
     if (k > PL_FEW) {
         large = pl_alloc(2 * (size_t)room * sizeof *large, err);
@@ -195,28 +279,8 @@ PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *toke
         }
         kept = large;
     }
-    /* k logits reach the k-th largest of the maxima of blocks. With several times k blocks few others do. */
-    enum { BLOCKS = 6 * PL_FEW };
-    const int32_t wanted = PL_MIN(6 * (int64_t)k, BLOCKS), chunks = n / CHUNK / wanted, size = CHUNK * chunks;
-    const int32_t n_blocks = chunks > 0 && k <= PL_FEW ? wanted : 0;
-    float maxima[BLOCKS], floor = -INFINITY;
-    uint64_t ordered[BLOCKS];
-    for (int32_t i = 0; i < n_blocks; i++) {
-        maxima[i] = maximum(logits + i * size, chunks);
-        ordered[i] = pack(maxima[i], i);
-    }
-    if (n_blocks > 0) {
-        select_largest(ordered, n_blocks, k);
-        floor = nextafterf(packed_logit(ordered[k - 1]), -INFINITY);
-    }
-    int64_t count = 0;
-    for (int32_t i = 0; i < n_blocks; i++) {
-        if (maxima[i] > floor) {
-            count = keep_above(logits + i * size, size, i * size, &floor, kept, count, limit, k);
-        }
-    }
-    const int32_t rest = n_blocks * size;
-    count = keep_above(logits + rest, n - rest, rest, &floor, kept, count, limit, k);
+    const bool by_peaks = l->peaks && k <= PL_FEW && k < n_peaks(l);
+    int64_t count = by_peaks ? keep_best_of_peaks(l, k, kept) : keep_best(l->x, l->n, k, kept);
     if (count > k) {
         select_largest(kept, count, k);
         count = k;
@@ -227,23 +291,37 @@ PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *toke
     return (int32_t)count;
 }
 
-int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, double *values, pl_error *err) {
-    if (check_size(n, err) != 0) {
+PL_API int32_t pl_top_k(const float *logits, int32_t n, int32_t k, int32_t *tokens, double *values, pl_error *err) {
+    const pl_logits l = {logits, n, NULL};
+    return pl_best(&l, k, tokens, values, err);
+}
+
+/* Is there nothing to take below this peak? */
+static inline bool is_below(const pl_logits *l, int32_t peak, float floor) { return l->peaks && !(l->peaks[peak] >= floor); }
+
+int32_t pl_above(const pl_logits *l, float floor, int32_t *tokens, double *values, pl_error *err) {
+    if (check_size(l->n, err) != 0) {
         return -1;
     }
     floor = floor > -FLT_MAX ? floor : -FLT_MAX; /* -infinity itself is never taken */
     int64_t count = 0;
-    for (int32_t i = 0; i < n; i++) {
-        count += logits[i] >= floor;
+    for (int32_t peak = 0; peak < n_peaks(l); peak++) {
+        const float *x = l->x + peak * PL_PEAK_LOGITS;
+        for (int32_t i = 0; !is_below(l, peak, floor) && i < peak_size(l, peak); i++) {
+            count += x[i] >= floor;
+        }
     }
     uint64_t *kept = pl_alloc(2 * (size_t)count * sizeof *kept, err);
     if (!kept) {
         return -1;
     }
     int64_t at = 0;
-    for (int32_t i = 0; i < n && at < count; i++) {
-        if (logits[i] >= floor) {
-            kept[at++] = pack(logits[i], i);
+    for (int32_t peak = 0; peak < n_peaks(l) && at < count; peak++) {
+        const int32_t first = peak * PL_PEAK_LOGITS;
+        for (int32_t i = 0; !is_below(l, peak, floor) && i < peak_size(l, peak); i++) {
+            if (l->x[first + i] >= floor) {
+                kept[at++] = pack(l->x[first + i], first + i);
+            }
         }
     }
     pl_sort_descending(kept, kept + count, count, 32); /* ascending token numbers are in order already */
@@ -252,83 +330,55 @@ int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, d
     return (int32_t)count;
 }
 
-/* e^x for -87 <= x <= 0 within 2 units in the last place (Cody and Waite's reduction, minimax polynomial). Without
- * branches, so that compilers make vectors of a loop around it. */
-static inline float exp_of_negative(float x) {
-    const float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds, the integer in the low bits */
-    int32_t exponent;
-    memcpy(&exponent, &shifted, sizeof exponent);
-    const float whole = shifted - 12582912.0f;
-    const float r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const uint32_t bits = ((uint32_t)exponent - 0x4b400000u + 127u) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
-
-/* Sum of e^((logit - best) * scale) over the logits that are at least `floor`. */
-static double mass_above(const float *logits, int32_t n, float best, float scale, float floor) {
-    double total = 0;
-    for (int32_t i = 0; i < n; i += CHUNK) {
-        float part[CHUNK], sum = 0;
-        for (int j = 0; j < CHUNK; j++) {
-            part[j] = -INFINITY;
-        }
-        memcpy(part, logits + i, sizeof *part * (size_t)PL_MIN(CHUNK, n - i));
-        for (int j = 0; j < CHUNK; j++) { /* what is far below, or NaN, becomes e^-87: nothing beside the best one's 1 */
-            float logit = part[j] < FLT_MAX ? part[j] : FLT_MAX;
-            logit = part[j] >= floor ? logit : -INFINITY;
-            const float x = (logit - best) * scale;
-            part[j] = x > -87.0f ? x : -87.0f;
-        }
-        for (int j = 0; j < CHUNK; j++) {
-            part[j] = exp_of_negative(part[j]);
-        }
-        for (int lane = 0; lane < 4; lane++) {
-            for (int j = 4; j < CHUNK; j += 4) {
-                part[lane] += part[lane + j];
-            }
-        }
-        for (int lane = 0; lane < 4; lane++) {
-            sum += part[lane];
-        }
-        total += sum;
-    }
-    return total;
-}
-
-float pl_best_logit(const float *logits, int32_t n) {
-    float best = maximum(logits, n / CHUNK);
+float pl_best_logit(const pl_logits *l) {
+    const float *x = l->peaks ? l->peaks : l->x;
+    const int32_t n = l->peaks ? n_peaks(l) : l->n;
+    float best = maximum(x, n / CHUNK);
     for (int32_t i = n - n % CHUNK; i < n; i++) {
-        best = logits[i] > best ? logits[i] : best;
+        best = x[i] > best ? x[i] : best;
     }
     return finite_logit(best);
 }
 
-PL_API double pl_log_sum_exp(const float *logits, int32_t n, double scale) {
-    const float best = pl_best_logit(logits, n);
-    return best > -INFINITY ? best * scale + log(mass_above(logits, n, best, (float)scale, -INFINITY)) : -INFINITY;
+double pl_log_sum(const pl_logits *l, double scale) {
+    const float best = pl_best_logit(l);
+    return best > -INFINITY ? best * scale + log(pl_cpu()->exp_sum(l->x, l->n, best, (float)scale, -INFINITY)) : -INFINITY;
 }
 
-int32_t pl_nucleus(const float *logits, int32_t n, double p, int32_t *tokens, double *values, pl_error *err) {
-    if (check_size(n, err) != 0) {
+PL_API double pl_log_sum_exp(const float *logits, int32_t n, double scale) {
+    const pl_logits l = {logits, n, NULL};
+    return pl_log_sum(&l, scale);
+}
+
+/* Sum of e^(logit - best) over the logits that are at least `floor`. */
+static double mass_above(const pl_logits *l, float best, float floor) {
+    const pl_exp_sum exp_sum = pl_cpu()->exp_sum;
+    if (!l->peaks) {
+        return exp_sum(l->x, l->n, best, 1.0f, floor);
+    }
+    double mass = 0;
+    for (int32_t peak = 0; peak < n_peaks(l); peak++) {
+        if (!is_below(l, peak, floor)) {
+            mass += exp_sum(l->x + peak * PL_PEAK_LOGITS, peak_size(l, peak), best, 1.0f, floor);
+        }
+    }
+    return mass;
+}
+
+int32_t pl_nucleus(const pl_logits *l, double p, float least, int32_t *tokens, double *values, pl_error *err) {
+    if (check_size(l->n, err) != 0) {
         return -1;
     }
     /* Only the candidates near the best one need sorting: how near is found by their mass. */
-    const float best = pl_best_logit(logits, n);
-    const double wanted = p * mass_above(logits, n, best, 1.0f, -INFINITY);
+    const float best = pl_best_logit(l);
+    const double wanted = p * pl_cpu()->exp_sum(l->x, l->n, best, 1.0f, -INFINITY);
+    const double surely = wanted * (1 + 1e-5); /* whatever has been rounded */
     float margin = 4.0f;
-    while (margin < 100.0f && mass_above(logits, n, best, 1.0f, best - margin) < wanted) {
+    while (margin < 100.0f && best - margin > least && mass_above(l, best, best - margin) < surely) {
         margin *= 2.0f;
     }
-    const int32_t count = pl_above(logits, n, margin < 100.0f ? best - margin : -INFINITY, tokens, values, err);
+    const float floor = margin < 100.0f ? best - margin : -INFINITY;
+    const int32_t count = pl_above(l, PL_MAX(floor, least), tokens, values, err);
     double sum = 0;
     int32_t kept = 0;
     while (kept < count && (kept == 0 || sum < wanted)) {

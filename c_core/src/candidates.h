@@ -20,13 +20,26 @@ void pl_sort_descending(uint64_t *c, uint64_t *scratch, int64_t n, int lowest_bi
 /* A number as 32 bits that compare as integers like the numbers (not NaN). */
 uint32_t pl_ordered_bits(float f);
 
+/* The logits of a vocabulary. */
+typedef struct pl_logits {
+    const float *x;
+    int32_t n;
+    const float *peaks; /* the largest of each PL_PEAK_LOGITS logits: where that is small, none need be looked at; or NULL */
+} pl_logits;
+
 /* The best logit, +infinity counting as the largest finite number; -infinity when there is none to take. */
-float pl_best_logit(const float *logits, int32_t n);
+float pl_best_logit(const pl_logits *logits);
+
+/* log(sum of e^(logit * scale)), scale > 0; -infinity when there is nothing to sum. */
+double pl_log_sum(const pl_logits *logits, double scale);
 
 /* These write tokens and logits, the best first, and return how many; -1 on failure. */
+/* The k >= 1 best; tokens[k], values[k]. */
+int32_t pl_best(const pl_logits *logits, int32_t k, int32_t *tokens, double *values, pl_error *err);
 /* All that are at least `floor`; tokens[n], values[n]. */
-int32_t pl_above(const float *logits, int32_t n, float floor, int32_t *tokens, double *values, pl_error *err);
-/* The fewest, and at least one, whose probabilities sum to p or more; tokens[n], values[n]. */
-int32_t pl_nucleus(const float *logits, int32_t n, double p, int32_t *tokens, double *values, pl_error *err);
+int32_t pl_above(const pl_logits *logits, float floor, int32_t *tokens, double *values, pl_error *err);
+/* The fewest, and at least one, whose probabilities sum to p or more, and of these the ones that are at least `least`;
+ * tokens[n], values[n]. */
+int32_t pl_nucleus(const pl_logits *logits, double p, float least, int32_t *tokens, double *values, pl_error *err);
 
 #endif

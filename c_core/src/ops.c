@@ -91,6 +91,8 @@ static operand operand_of(const pl_run_state *s, int32_t value) {
 
 enum { UNIT_PANELS = 2, UNIT_ROWS = UNIT_PANELS * PL_PANEL_ROWS };
 
+_Static_assert((int)UNIT_ROWS == (int)PL_PEAK_LOGITS, "a unit of the logits' product has one peak");
+
 /* The panels of a matrix, in pairs. */
 static int64_t units_of(const pl_weight *w) { return (w->n_panels + UNIT_PANELS - 1) / UNIT_PANELS; }
 
@@ -175,10 +177,42 @@ typedef struct destination {
     float *out;
     const float *bias, *residual;
     int64_t stride;
+    float *peaks; /* [row][units], the largest result of each unit and row; or NULL */
 } destination;
 
+/* NaN is never the largest. */
+static float largest(const float *x, int32_t n) {
+    enum { LANES = 4, CHAINS = 4 };
+    typedef float floats __attribute__((vector_size(4 * LANES)));
+    typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+    floats best[CHAINS];
+    float lanes[CHAINS * LANES];
+    for (int chain = 0; chain < CHAINS; chain++) {
+        best[chain] = (floats){-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    }
+    int32_t i = 0;
+    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES) {
+        for (int chain = 0; chain < CHAINS; chain++) {
+            floats v;
+            memcpy(&v, x + i + chain * LANES, sizeof v);
+            const ints larger = v > best[chain];
+            best[chain] = (floats)((larger & (ints)v) | (~larger & (ints)best[chain]));
+        }
+    }
+    memcpy(lanes, best, sizeof lanes);
+    for (; i < n; i++) {
+        lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    }
+    for (int half = CHAINS * LANES / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; lane++) {
+            lanes[lane] = PL_MAX(lanes[lane], lanes[lane + half]);
+        }
+    }
+    return lanes[0];
+}
+
 /* One unit times one tile, to where it belongs. */
-static void deliver(const pl_kernels *k, const destination *to, int64_t unit, const operand *x, int32_t tile) {
+static void deliver_results(const pl_kernels *k, const destination *to, int64_t unit, const operand *x, int32_t tile) {
     const int64_t column = unit * UNIT_ROWS;
     const int32_t n = (int32_t)PL_MIN(UNIT_ROWS, to->w->n_rows - column);
     const int32_t first = tile * x->lanes, rows = PL_MIN(x->lanes, x->n_rows - first);
@@ -215,6 +249,15 @@ static void deliver(const pl_kernels *k, const destination *to, int64_t unit, co
     }
 }
 
+static void deliver(const pl_kernels *k, const destination *to, int64_t unit, const operand *x, int32_t tile) {
+    deliver_results(k, to, unit, x, tile);
+    const int32_t first = tile * x->lanes, last = PL_MIN(first + x->lanes, x->n_rows);
+    for (int32_t row = first; to->peaks && row < last; row++) {
+        const int32_t n = (int32_t)PL_MIN(UNIT_ROWS, to->w->n_rows - unit * UNIT_ROWS);
+        to->peaks[row * units_of(to->w) + unit] = largest(to->out + row * to->stride + unit * UNIT_ROWS, n);
+    }
+}
+
 static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, const operand *x, atomic_int *counter,
                      const pl_member *member) {
     int64_t units = 0;
@@ -243,32 +286,42 @@ static void op_linear(const pl_run_state *s, const pl_op *op, atomic_int *counte
     int32_t n = 0;
     for (; n < 3 && op->dst[n] >= 0; n++) {
         to[n] = (destination){op->w[n], data_of(s, op->dst[n]), op->v[n], op->src[1] < 0 ? NULL : data_of(s, op->src[1]),
-                              op->w[n]->n_rows};
+                              op->w[n]->n_rows, NULL};
     }
     const operand x = operand_of(s, op->src[0]);
     multiply(s->program->cpu->kernels, to, n, &x, &counters[0], member);
 }
 
 static void op_logits(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
-    if (!s->batch->logits || !s->batch->n_outputs) {
+    const pl_batch *batch = s->batch;
+    if (!batch->logits || !batch->n_outputs) {
         return;
     }
-    const destination to = {op->w[0], s->batch->logits, NULL, NULL, op->w[0]->n_rows};
+    const float factor = op->f[0], cap = op->f[1];
+    const bool as_they_are = factor == 1.0f && cap == 0.0f;
+    const destination to = {.w = op->w[0], .out = batch->logits, .stride = op->w[0]->n_rows,
+                            .peaks = as_they_are ? batch->peaks : NULL};
     const operand x = operand_of(s, op->src[0]);
     multiply(s->program->cpu->kernels, &to, 1, &x, &counters[0], member);
-    const float factor = op->f[0], cap = op->f[1];
-    if (factor == 1.0f && cap == 0.0f) {
+    if (as_they_are) {
         return;
     }
     pl_barrier(member);
+    const int32_t n_units = (int32_t)units_of(op->w[0]);
     int32_t first, last;
-    even_share(member, (int32_t)op->w[0]->n_rows, &first, &last);
-    for (int32_t row = 0; row < s->batch->n_outputs; row++) {
-        float *y = s->batch->logits + row * op->w[0]->n_rows;
-        for (int32_t i = first; i < last; i++) {
-            y[i] *= factor;
-            if (cap != 0.0f) {
-                y[i] = cap * tanhf(y[i] / cap);
+    even_share(member, n_units, &first, &last);
+    for (int32_t row = 0; row < batch->n_outputs; row++) {
+        for (int32_t unit = first; unit < last; unit++) {
+            float *y = batch->logits + row * to.stride + unit * UNIT_ROWS;
+            const int32_t n = (int32_t)PL_MIN(UNIT_ROWS, to.stride - unit * UNIT_ROWS);
+            for (int32_t i = 0; i < n; i++) {
+                y[i] *= factor;
+                if (cap != 0.0f) {
+                    y[i] = cap * tanhf(y[i] / cap);
+                }
+            }
+            if (batch->peaks) {
+                batch->peaks[(int64_t)row * n_units + unit] = largest(y, n);
             }
         }
     }
@@ -626,6 +679,6 @@ void pl_run_product(void *job_pointer, const pl_member *member) {
     } else {
         x = float_operand(job->x, width, job->n, lanes);
     }
-    const destination to = {job->w, job->out, NULL, NULL, job->w->n_rows};
+    const destination to = {.w = job->w, .out = job->out, .stride = job->w->n_rows};
     multiply(job->cpu->kernels, &to, 1, &x, &job->next, member);
 }

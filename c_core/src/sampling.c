@@ -41,21 +41,56 @@ static int32_t penalize_recent(const pl_sampling *s, float *logits, pl_error *er
     return 0;
 }
 
-static int32_t adjust(const pl_sampling *s, float *logits, pl_error *err) {
+/* Finds the peak anew under which a token is. */
+static void renew_peak(const pl_sampling *s, const float *logits, float *peaks, int32_t token) {
+    const int32_t peak = token / PL_PEAK_LOGITS, first = peak * PL_PEAK_LOGITS;
+    float best = -INFINITY;
+    for (int32_t i = first; i < PL_MIN(first + PL_PEAK_LOGITS, s->n_vocab); i++) {
+        best = logits[i] > best ? logits[i] : best;
+    }
+    peaks[peak] = best;
+}
+
+static void renew_peaks(const pl_sampling *s, const float *logits, float *peaks) {
+    for (int32_t i = 0; i < s->n_biased; i++) {
+        renew_peak(s, logits, peaks, s->biased[i]);
+    }
+    for (int32_t i = 0; i < s->n_recent; i++) {
+        if (s->recent[i] >= 0 && s->recent[i] < s->n_vocab) {
+            renew_peak(s, logits, peaks, s->recent[i]);
+        }
+    }
+    renew_peak(s, logits, peaks, s->n_vocab - 1); /* a model may have more logits than there are tokens */
+}
+
+static int32_t adjust(const pl_sampling *s, float *logits, float *peaks, pl_error *err) {
     for (int32_t i = 0; i < s->n_biased; i++) {
         if (s->biased[i] < 0 || s->biased[i] >= s->n_vocab) {
             return pl_fail(err, "token %d is not in the vocabulary of %d", s->biased[i], s->n_vocab);
         }
         logits[s->biased[i]] += s->bias[i];
     }
-    return s->n_recent > 0 ? penalize_recent(s, logits, err) : 0;
+    if (s->n_recent > 0 && penalize_recent(s, logits, err) != 0) {
+        return -1;
+    }
+    if (peaks) {
+        renew_peaks(s, logits, peaks);
+    }
+    return 0;
 }
 
 /* ---- selections from the whole vocabulary --------------------------------------------------------------------------- */
 
-static int32_t select_min_p(pl_sampling *s, const float *logits, double p, pl_error *err) {
-    const float best = pl_best_logit(logits, s->n_vocab);
-    return pl_above(logits, s->n_vocab, p > 0 ? (float)(best + log(p)) : -INFINITY, s->tokens, s->logits, err);
+static int32_t select_min_p(pl_sampling *s, const pl_logits *logits, double p, pl_error *err) {
+    const float best = pl_best_logit(logits);
+    return pl_above(logits, p > 0 ? (float)(best + log(p)) : -INFINITY, s->tokens, s->logits, err);
+}
+
+/* What min-p is going to drop next need not be selected. */
+static int32_t select_top_p(pl_sampling *s, const pl_logits *logits, double p, pl_error *err) {
+    const bool min_p_follows = s->n_steps > 1 && s->steps[1].kind == PL_KEEP_MIN_P;
+    const double least = min_p_follows ? pl_best_logit(logits) + log(s->steps[1].value) : -INFINITY;
+    return pl_nucleus(logits, p, nextafterf((float)least, -INFINITY), s->tokens, s->logits, err);
 }
 
 /* Mirostat (Basu et al. 2020, https://arxiv.org/abs/2007.14966) bounds the surprise of a token, in bits, by mu. Version
@@ -80,29 +115,29 @@ static int32_t mirostat_k(const pl_sampling *s, int32_t n, double mu) {
     return exponent_log_k < exponent * log_n ? PL_MAX(1, (int32_t)exp(exponent_log_k / exponent)) : s->n_vocab;
 }
 
-static int32_t select_mirostat_1(pl_sampling *s, const float *logits, double mu, pl_error *err) {
-    const int32_t n = pl_top_k(logits, s->n_vocab, 100, s->tokens, s->logits, err);
-    return n > 0 ? pl_top_k(logits, s->n_vocab, mirostat_k(s, n, mu), s->tokens, s->logits, err) : n;
+static int32_t select_mirostat_1(pl_sampling *s, const pl_logits *logits, double mu, pl_error *err) {
+    const int32_t n = pl_best(logits, 100, s->tokens, s->logits, err);
+    return n > 0 ? pl_best(logits, mirostat_k(s, n, mu), s->tokens, s->logits, err) : n;
 }
 
 /* Version 2 leaves out every token that would surprise by more than mu. */
-static int32_t select_mirostat_2(pl_sampling *s, const float *logits, double mu, pl_error *err) {
-    const double log_total = pl_log_sum_exp(logits, s->n_vocab, 1 / s->temperature);
+static int32_t select_mirostat_2(pl_sampling *s, const pl_logits *logits, double mu, pl_error *err) {
+    const double log_total = pl_log_sum(logits, 1 / s->temperature);
     const double floor = s->temperature * (log_total - mu * log(2.0));
-    const float best = pl_best_logit(logits, s->n_vocab);
-    return pl_above(logits, s->n_vocab, floor < best ? (float)PL_MAX(floor, -FLT_MAX) : best, s->tokens, s->logits, err);
+    const float best = pl_best_logit(logits);
+    return pl_above(logits, floor < best ? (float)PL_MAX(floor, -FLT_MAX) : best, s->tokens, s->logits, err);
 }
 
-static int32_t select_candidates(pl_sampling *s, const float *logits, const pl_sampling_step *step, pl_error *err) {
+static int32_t select_candidates(pl_sampling *s, const pl_logits *logits, const pl_sampling_step *step, pl_error *err) {
     const bool top_k = step->kind == PL_SELECT_TOP_K;
     if (s->room < (top_k && step->value < s->n_vocab ? step->value : s->n_vocab)) {
         return pl_fail(err, "room for %d candidates is not enough", s->room);
     }
     switch (step->kind) {
     case PL_SELECT_TOP_K:
-        return pl_top_k(logits, s->n_vocab, (int32_t)PL_MIN(step->value, s->n_vocab), s->tokens, s->logits, err);
+        return pl_best(logits, (int32_t)PL_MIN(step->value, s->n_vocab), s->tokens, s->logits, err);
     case PL_SELECT_TOP_P:
-        return pl_nucleus(logits, s->n_vocab, step->value, s->tokens, s->logits, err);
+        return select_top_p(s, logits, step->value, err);
     case PL_SELECT_MIN_P:
         return select_min_p(s, logits, step->value, err);
     case PL_SELECT_MIROSTAT_1:
@@ -244,11 +279,12 @@ static void draw(pl_sampling *s, double random) {
     s->log_total = s->logits[0] + log(total);
 }
 
-PL_API int32_t pl_choose(pl_sampling *s, const float *logits, double random, pl_error *err) {
+static int32_t choose(pl_sampling *s, const float *logits, const float *peaks, double random, pl_error *err) {
     if (s->n_vocab < 1 || s->n_steps < 1 || !(s->temperature > 0)) {
         return pl_fail(err, "sampling wants a vocabulary, steps and a temperature above 0");
     }
-    s->n_candidates = select_candidates(s, logits, &s->steps[0], err);
+    const pl_logits l = {logits, s->n_vocab, peaks};
+    s->n_candidates = select_candidates(s, &l, &s->steps[0], err);
     if (s->n_candidates <= 0) {
         return s->n_candidates;
     }
@@ -261,6 +297,10 @@ PL_API int32_t pl_choose(pl_sampling *s, const float *logits, double random, pl_
     return s->n_candidates;
 }
 
-PL_API int32_t pl_sample(pl_sampling *s, float *logits, double random, pl_error *err) {
-    return adjust(s, logits, err) == 0 ? pl_choose(s, logits, random, err) : -1;
+PL_API int32_t pl_choose(pl_sampling *s, const float *logits, double random, pl_error *err) {
+    return choose(s, logits, NULL, random, err);
+}
+
+PL_API int32_t pl_sample(pl_sampling *s, float *logits, float *peaks, double random, pl_error *err) {
+    return adjust(s, logits, peaks, err) == 0 ? choose(s, logits, peaks, random, err) : -1;
 }

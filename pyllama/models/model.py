@@ -85,6 +85,8 @@ class Model:
         self._batch = ffi.new("pl_batch *", {"tokens": self._tokens, "outputs": self._outputs})
         self._batch.sequences = self._sequences
         self._rows = np.empty((0, hp.n_vocab), np.float32)
+        self.peaks = np.empty((0, -(-hp.n_vocab // lib.PL_PEAK_LOGITS)), np.float32)
+        """float32 [n_outputs or more, n_vocab / PL_PEAK_LOGITS]: the largest of so many logits of the last run, for sampling."""
         self._error = ffi.new("pl_error *")
 
     def run(self, inputs: Sequence[SequenceInput], *, hidden: bool = False) -> np.ndarray:
@@ -129,8 +131,10 @@ class Model:
         else:
             if len(self._rows) < n_outputs:
                 self._rows = np.empty((n_outputs, self.hp.n_vocab), np.float32)
+                self.peaks = np.empty((n_outputs, self.peaks.shape[1]), np.float32)
             rows = self._rows[:n_outputs]
             batch.logits, batch.hidden = ffi.from_buffer("float[]", self._rows), ffi.NULL
+            batch.peaks = ffi.from_buffer("float[]", self.peaks)
         threads = self.n_threads if n_tokens <= len(inputs) else self.n_threads_batch
         if lib.pl_run(self.program.handle, threads, batch, self._error) < 0:
             raise failure(self._error)
@@ -150,7 +154,7 @@ class Model:
 
     def close(self) -> None:
         """Gives the memory back; the model cannot be used afterwards."""
-        for name in ("program", "kv", "weights", "pool", "_batch", "_sequences", "_rows"):
+        for name in ("program", "kv", "weights", "pool", "_batch", "_sequences", "_rows", "peaks"):
             self.__dict__.pop(name, None)
 
 

@@ -1,7 +1,7 @@
 /*
  * compare_kernels.c - every kernel set that this processor runs against the scalar one: products of all formats for all
- * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results. Also
- * the two ways to re-lay matrices.
+ * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results; the
+ * softmax's sum against the C library's exp. Also the two ways to re-lay matrices.
  *
  * Linked with the core's sources. Prints one line for each set and for each difference; exits with the number of differences.
  */
@@ -296,6 +296,27 @@ static void compare_heads(const pl_cpu_set *set) {
     }
 }
 
+static void compare_exp_sum(const pl_cpu_set *set) {
+    enum { MOST = 2200 };
+    float x[MOST];
+    for (int32_t n = 1; n <= MOST; n += n < 140 ? 1 : 103) {
+        for (int32_t i = 0; i < n; i++) {
+            x[i] = i % 7 == 3 ? NAN : i % 11 == 5 ? -INFINITY : 40 * random_float();
+        }
+        x[n / 2] = n % 3 ? 40 : INFINITY;
+        const float best = n % 3 ? 40 : 3.4028235e38f;
+        const float floor = n % 2 ? -INFINITY : 10;
+        double expected = 0;
+        for (int32_t i = 0; i < n; i++) {
+            expected += x[i] >= floor ? exp(((x[i] > best ? best : x[i]) - (double)best) * 0.7) : 0;
+        }
+        const double got = set->exp_sum(x, n, best, 0.7f, floor);
+        if (!(fabs(got - expected) <= 2e-6 * expected)) {
+            differ(set->name, "the sum of a softmax", n, 0);
+        }
+    }
+}
+
 int main(void) {
     static const char *const names[] = {"scalar", "avx2", "avx512", "avx512_bf16", "neon"};
     static const int32_t types[] = {PL_F32,  PL_F16,  PL_BF16, PL_Q4_0, PL_Q4_1, PL_Q5_0, PL_Q5_1,
@@ -316,6 +337,7 @@ int main(void) {
         compare_quantization(set);
         compare_rows(set);
         compare_heads(set);
+        compare_exp_sum(set);
         compare_attention(set);
     }
     return PL_MIN(differences, 100);

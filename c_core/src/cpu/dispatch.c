@@ -29,13 +29,13 @@ typedef struct candidate {
 /* Best first. */
 static const candidate candidates[] = {
 #if defined(__x86_64__)
-    {runs_avx512_bf16, {"avx512_bf16", &pl_kernels_avx512, &pl_attention_avx512_bf16}},
-    {runs_avx512, {"avx512", &pl_kernels_avx512, &pl_attention_avx512}},
-    {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2}},
+    {runs_avx512_bf16, {"avx512_bf16", &pl_kernels_avx512, &pl_attention_avx512_bf16, pl_exp_sum_avx512}},
+    {runs_avx512, {"avx512", &pl_kernels_avx512, &pl_attention_avx512, pl_exp_sum_avx512}},
+    {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2, pl_exp_sum_avx2}},
 #elif defined(__aarch64__)
-    {runs_neon, {"neon", &pl_kernels_neon, &pl_attention_neon}},
+    {runs_neon, {"neon", &pl_kernels_neon, &pl_attention_neon, pl_exp_sum_neon}},
 #endif
-    {runs_anywhere, {"scalar", &pl_kernels_scalar, &pl_attention_scalar}},
+    {runs_anywhere, {"scalar", &pl_kernels_scalar, &pl_attention_scalar, pl_exp_sum_scalar}},
 };
 
 const pl_cpu_set *pl_cpu(void) {

@@ -63,10 +63,23 @@ extern const pl_kernels pl_kernels_neon;
 
 #include "attention_kernels.h"
 
+/* Sum of e^((x - best) * scale) over those of x[n] that are at least `floor`; none is larger than `best`, but for +infinity,
+ * which counts as the largest finite number. scale > 0; NaN counts as nothing. */
+typedef double (*pl_exp_sum)(const float *x, int32_t n, float best, float scale, float floor);
+
+double pl_exp_sum_scalar(const float *x, int32_t n, float best, float scale, float floor);
+#if defined(__x86_64__)
+double pl_exp_sum_avx2(const float *x, int32_t n, float best, float scale, float floor);
+double pl_exp_sum_avx512(const float *x, int32_t n, float best, float scale, float floor);
+#elif defined(__aarch64__)
+double pl_exp_sum_neon(const float *x, int32_t n, float best, float scale, float floor);
+#endif
+
 typedef struct pl_cpu_set {
     const char *name;
     const pl_kernels *kernels;
     const pl_attention_kernels *attention;
+    pl_exp_sum exp_sum;
 } pl_cpu_set;
 
 /* The set in use: the best that this processor runs, or the one that PYLLAMA_CPU names. */
