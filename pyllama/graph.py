@@ -5,7 +5,8 @@ token (after :meth:`Graph.select_outputs`: per requested output). :meth:`Graph.c
 
 1. *fuses* what belongs together: products of one input (q, k, v) into one op; gate, up and activation into one; a residual
    sum into the product or norm before it; head norms, rotation and the storing of K and V into one; a norm with the
-   quantization of its result,
+   quantization of its result; and lets the selection of outputs come as early as it may, so that what follows the last
+   attention is computed for the outputs alone,
 2. *plans memory*: values whose lives do not overlap share a slot,
 3. hands the list to the core, which checks it and runs it from then on in one call a step.
 
@@ -15,7 +16,7 @@ This module knows ops and shapes, never an architecture's name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from pyllama.core import ThreadPool, create, ffi, lib
 
 __all__ = ["AttentionParams", "Graph", "GraphError", "Matrix", "Node", "Program", "Rope", "Vector"]
 
+_ROW_BY_ROW = ("rms_norm", "linear", "glu", "add", "scale")  # a row of the result needs only this row of the inputs
 _WIDEST_NORM_WITHOUT_FLOAT = 8192  # the core keeps such a row on its stack
 
 
@@ -192,7 +194,47 @@ class Graph:
 
 def lower(nodes: list[Node]) -> tuple[list[Op], list[Value], int]:
     """Ops, values and the number of slots for ``nodes``: fusion and memory planning without the core."""
-    return _Compiler(nodes).lower()
+    return _Compiler(_select_early(nodes)).lower()
+
+
+def _consumers(nodes: list[Node]) -> dict[Node, list[Node]]:
+    consumers: dict[Node, list[Node]] = {node: [] for node in nodes}
+    for node in nodes:
+        for source in node.inputs:
+            consumers[source].append(node)
+    return consumers
+
+
+def _select_early(nodes: list[Node]) -> list[Node]:
+    """The same computation with each selection of outputs moved to before the nodes that only it needs, as far as they
+    compute row by row."""
+    consumers = _consumers(nodes)
+    passed: set[Node] = set()  # selections, and what they move to before
+    for node in reversed(nodes):
+        if node.op == "select" or (node.op in _ROW_BY_ROW and consumers[node] and passed.issuperset(consumers[node])):
+            passed.add(node)
+    result: list[Node] = []
+    whole: dict[Node, Node] = {}  # the new form of each node
+    selected: dict[Node, Node] = {}
+
+    def rows_of(node: Node) -> Node:
+        if whole[node].per_output:
+            return whole[node]
+        if node not in selected:
+            selected[node] = Node("select", (whole[node],), node.width, per_output=True)
+            result.append(selected[node])
+        return selected[node]
+
+    for node in nodes:
+        if node.op == "select":
+            whole[node] = rows_of(node.inputs[0])
+            continue
+        form = rows_of if node in passed else whole.__getitem__
+        whole[node] = replace(
+            node, inputs=tuple(form(source) for source in node.inputs), per_output=node.per_output or node in passed
+        )
+        result.append(whole[node])
+    return result
 
 
 @dataclass
@@ -228,11 +270,8 @@ class _Compiler:
         self.floats: dict[Node, int] = {}
         self.quantized: dict[Node, int] = {}
         self.rope_tables: dict[Rope, int] = {}
-        self.grouped: set[Node] = set()  # products that an earlier op computes beside its own
-        self.consumers: dict[Node, list[Node]] = {node: [] for node in nodes}
-        for node in nodes:
-            for source in node.inputs:
-                self.consumers[source].append(node)
+        self.grouped: set[Node] = set()  # products and selections that an earlier op computes beside its own
+        self.consumers = _consumers(nodes)
         self.absorbed = self._find_absorbed()
 
     # -- what is part of a later op -----------------------------------------------------------------------------------
@@ -447,7 +486,15 @@ class _Compiler:
         )
 
     def _emit_select(self, node: Node) -> None:
-        self.ops.append(Op(lib.PL_OP_SELECT, [self._float(node.inputs[0])], [self._float_output(node)]))
+        """This selection and others whose inputs are there (up to three)."""
+        group = [
+            other
+            for other in self.nodes
+            if other.op == "select" and other not in self.grouped and other.inputs[0] in self.floats
+        ][:3]
+        sources = [self._float(other.inputs[0]) for other in group]
+        self.grouped.update(group)
+        self.ops.append(Op(lib.PL_OP_SELECT, sources, [self._float_output(other) for other in group]))
 
     def _emit_logits(self, node: Node) -> None:
         self.ops.append(Op(lib.PL_OP_HIDDEN, [self._float(node.inputs[0])], []))
@@ -463,13 +510,13 @@ class _Compiler:
         for index, op in enumerate(self.ops):
             for value in (*op.inputs, *op.outputs):
                 last_use[value] = index
-        free: dict[tuple[bool, bool, int], list[int]] = {}
+        free: dict[tuple[bool, int], list[int]] = {}  # a slot has room for all tokens if one of its values has a row for each
         n_slots = 0
         for index, op in enumerate(self.ops):
             for number in op.outputs:
                 if number >= 0 and self.values[number].slot < 0:
                     value = self.values[number]
-                    same = free.get((value.quantized, value.per_output, value.width))
+                    same = free.get((value.quantized, value.width))
                     if same:
                         value.slot = same.pop()
                     else:
@@ -478,7 +525,7 @@ class _Compiler:
             for number in {*op.inputs, *op.outputs}:
                 if number >= 0 and last_use[number] == index:
                     value = self.values[number]
-                    free.setdefault((value.quantized, value.per_output, value.width), []).append(value.slot)
+                    free.setdefault((value.quantized, value.width), []).append(value.slot)
         return n_slots
 
     # -- the whole ----------------------------------------------------------------------------------------------------

@@ -54,14 +54,34 @@ def kinds(g: Graph) -> list[str]:
 
 def test_a_llama_layer_takes_nine_ops() -> None:
     first = ["EMBED", "RMS_NORM", "LINEAR", "ROPE_TABLE", "QKV", "ATTENTION", "QUANTIZE", "LINEAR", "RMS_NORM", "GLU", "LINEAR"]
-    second = ["RMS_NORM", "LINEAR", "QKV", "ATTENTION", "QUANTIZE", "LINEAR", "RMS_NORM", "GLU", "LINEAR"]
-    assert kinds(model(2)) == first + second + ["SELECT", "RMS_NORM", "HIDDEN", "LOGITS"]
+    last = ["RMS_NORM", "LINEAR", "QKV", "ATTENTION", "SELECT", "QUANTIZE", "LINEAR", "RMS_NORM", "GLU", "LINEAR"]
+    assert kinds(model(2)) == first + last + ["RMS_NORM", "HIDDEN", "LOGITS"]
 
 
 def test_norms_after_the_blocks_join_the_residual_sum() -> None:
     found = kinds(model(1, post_norms=True))
     assert found.count("NORM_ADD") == 2
     assert "ADD" not in found
+
+
+@pytest.mark.parametrize("post_norms", [False, True])
+def test_after_the_last_attention_only_outputs_are_computed(post_norms: bool) -> None:
+    ops, values, _ = lower(model(2, post_norms=post_norms).nodes)
+    last = max(index for index, op in enumerate(ops) if op.kind == lib.PL_OP_ATTENTION)
+    for index, op in enumerate(ops):
+        assert all(values[number].per_output == (index > last) for number in op.outputs if number >= 0)
+    assert len(ops[last + 1].inputs) == 2  # the residual stream and the heads
+
+
+def test_outputs_are_selected_late_where_another_needs_all_tokens() -> None:
+    g = Graph()
+    x = g.embed(matrix("table", N_VOCAB, N_EMBD))
+    x = g.add(x, g.linear(x, matrix("w", N_EMBD, N_EMBD)))
+    g.logits(g.scale(g.select_outputs(x), 0.5), matrix("output", N_VOCAB, N_EMBD))
+    q = g.linear(x, matrix("q", 64, N_EMBD))
+    g.attention(0, q, *(g.linear(x, matrix(name, 32, N_EMBD)) for name in "kv"), ATTENTION)
+    found = kinds(g)
+    assert found.index("LINEAR") < found.index("SELECT") < found.index("SCALE")
 
 
 def test_memory_does_not_grow_with_the_layers() -> None:

@@ -147,7 +147,7 @@ typedef struct pl_value {
  *                                                                                    f0 = epsilon, f1 = factor on q
  * PL_OP_ATTENTION   q                     y f32             -                        n: layer, n_head, window (0: none)
  *                                                                                    f0 = soft cap (0: none)
- * PL_OP_SELECT      x (tokens)            y (outputs)
+ * PL_OP_SELECT      up to 3 x (tokens)    as many y (outputs)
  * PL_OP_HIDDEN      x (outputs)           -> batch.hidden
  * PL_OP_LOGITS      x (outputs)           -> batch.logits   w0                       f0 = factor, f1 = soft cap (0: none)
  */

@@ -464,13 +464,15 @@ static void op_scale(const pl_run_state *s, const pl_op *op, const pl_member *me
 }
 
 static void op_select(const pl_run_state *s, const pl_op *op, const pl_member *member) {
-    const int32_t width = width_of(s, op->dst[0]);
-    const float *x = data_of(s, op->src[0]);
-    float *y = data_of(s, op->dst[0]);
     int32_t first, last;
     even_share(member, s->batch->n_outputs, &first, &last);
-    for (int32_t row = first; row < last; row++) {
-        memcpy(y + (int64_t)row * width, x + (int64_t)s->batch->outputs[row] * width, sizeof(float) * (size_t)width);
+    for (int32_t i = 0; i < 3 && op->dst[i] >= 0; i++) {
+        const int32_t width = width_of(s, op->dst[i]);
+        const float *x = data_of(s, op->src[i]);
+        float *y = data_of(s, op->dst[i]);
+        for (int32_t row = first; row < last; row++) {
+            memcpy(y + (int64_t)row * width, x + (int64_t)s->batch->outputs[row] * width, sizeof(float) * (size_t)width);
+        }
     }
 }
 

@@ -163,9 +163,13 @@ static int32_t check_op(const check *c) {
                    ? 0 : refuse(c, "layer, heads, q and output do not fit together");
     }
     case PL_OP_SELECT:
-        return is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_TOKENS, -1, false) &&
-                       is_value(c, op->dst[0], PL_VALUE_F32, PL_ROWS_OUTPUTS, p->values[op->src[0]].width, false)
-                   ? 0 : refuse(c, "input and output do not fit together");
+        for (int32_t i = 0; i < 3 && (i == 0 || op->dst[i] >= 0); i++) {
+            if (!is_value(c, op->src[i], PL_VALUE_F32, PL_ROWS_TOKENS, -1, false) ||
+                !is_value(c, op->dst[i], PL_VALUE_F32, PL_ROWS_OUTPUTS, p->values[op->src[i]].width, false)) {
+                return refuse(c, "input and output do not fit together");
+            }
+        }
+        return 0;
     case PL_OP_HIDDEN:
         return is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_OUTPUTS, -1, false) ? 0 : refuse(c, "the input does not fit");
     case PL_OP_LOGITS:
