@@ -112,7 +112,8 @@ def create(function: Any, free: Any, *args: Any) -> Any:
 
 
 def cpu_name() -> str:
-    """Name of the kernel set that the core chose for this processor: ``scalar``, ``avx2``, ``avx512``, ``neon``."""
+    """Name of the kernel set that the core chose for this processor: ``scalar``, ``avx2``, ``avx_vnni``, ``avx512``,
+    ``avx512_bf16`` or ``neon``; the environment variable ``PYLLAMA_CPU`` forces one."""
     return ffi.string(lib.pl_cpu_name()).decode()
 
 

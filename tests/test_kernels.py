@@ -39,7 +39,7 @@ def compare(*command: str) -> list[str]:
 @pytest.mark.skipif(not shutil.which("cc") and not shutil.which("gcc"), reason="there is no C compiler")
 def test_kernel_sets_agree(tmp_path):
     names = compare(str(build(tmp_path)))
-    assert {"scalar"} <= set(names) <= {"scalar", "avx2", "avx512", "avx512_bf16", "neon"}
+    assert {"scalar"} <= set(names) <= {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon"}
 
 
 @pytest.mark.skipif(not shutil.which(ARM_COMPILER), reason=f"{ARM_COMPILER} is not installed")

@@ -43,7 +43,7 @@ def test_logits_are_the_oracle_s(model: Model, tiny_path: Path) -> None:
     np.testing.assert_allclose(at_once(model, TOKENS), expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("cpu", ["scalar", "avx2"])
+@pytest.mark.parametrize("cpu", ["scalar", "avx2", "avx_vnni"])
 def test_other_kernels_agree(tiny_path: Path, cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     best = at_once(load(tiny_path, n_ctx=128, kv_type="f32"), TOKENS)
     monkeypatch.setenv("PYLLAMA_CPU", cpu)

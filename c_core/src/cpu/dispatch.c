@@ -2,6 +2,9 @@
 #include "kernels.h"
 
 #include <stdlib.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 static bool runs_anywhere(void) { return true; }
 
@@ -9,6 +12,12 @@ static bool runs_anywhere(void) { return true; }
 static bool runs_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#ifdef PL_AVX_VNNI
+static bool runs_avx_vnni(void) { /* compilers have a name for it from later versions on than flags */
+    unsigned a, b, c, d;
+    return runs_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4) != 0;
+}
+#endif
 static bool runs_avx512(void) {
     return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -31,6 +40,9 @@ static const candidate candidates[] = {
 #if defined(__x86_64__)
     {runs_avx512_bf16, {"avx512_bf16", &pl_kernels_avx512, &pl_attention_avx512_bf16, pl_exp_sum_avx512}},
     {runs_avx512, {"avx512", &pl_kernels_avx512, &pl_attention_avx512, pl_exp_sum_avx512}},
+#ifdef PL_AVX_VNNI
+    {runs_avx_vnni, {"avx_vnni", &pl_kernels_avx_vnni, &pl_attention_avx_vnni, pl_exp_sum_avx2}},
+#endif
     {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2, pl_exp_sum_avx2}},
 #elif defined(__aarch64__)
     {runs_neon, {"neon", &pl_kernels_neon, &pl_attention_neon, pl_exp_sum_neon}},

@@ -56,7 +56,7 @@ typedef struct pl_kernels {
 
 extern const pl_kernels pl_kernels_scalar;
 #if defined(__x86_64__)
-extern const pl_kernels pl_kernels_avx2, pl_kernels_avx512;
+extern const pl_kernels pl_kernels_avx2, pl_kernels_avx_vnni, pl_kernels_avx512;
 #elif defined(__aarch64__)
 extern const pl_kernels pl_kernels_neon;
 #endif
