@@ -105,6 +105,44 @@ def test_the_number_of_threads_changes_no_bit(make: Callable[..., None], quant: 
         np.testing.assert_array_equal(run(n_threads), alone, err_msg=f"{n_threads} threads")
 
 
+def continuation(model: Model, tokens: list[int], n_past: int, sizes: list[int], others: list[SequenceInput]) -> np.ndarray:
+    """Logits of the tokens from ``n_past`` on, read in pieces of these sizes, beside other sequences."""
+    blocks, rows = blocks_for(len(tokens)), []
+    for size in sizes:
+        piece = SequenceInput(tokens[n_past : n_past + size], n_past, blocks, size)
+        rows.append(model.run([*others, piece])[-size:].copy())
+        n_past += size
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "kv_type"), [("", "f16"), ("", "q8_0"), ("avx2", "f16"), ("avx2", "q8_0"), ("scalar", "f16")]
+)
+@pytest.mark.parametrize("make", [tiny_models.make_llama, partial(tiny_models.make_gemma3, n_layer=6, sliding_window=600)])
+def test_far_into_a_context_nothing_that_runs_beside_changes_a_bit(
+    make: Callable[..., None], kv_type: str, cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in steps of guessed tokens, beside other sequences, with any number of threads; with windows and without."""
+    monkeypatch.setenv("PYLLAMA_CPU", cpu)
+    path = tmp_path / "tiny.gguf"
+    make(path, n_embd=128, quant="Q8_0")
+    tokens = [3 + (i * i + 7 * i) % 241 for i in range(1040 if cpu != "scalar" else 530)]
+    n = len(tokens) - 20
+    expected = None
+    for n_threads in (1, 3):
+        model = load(path, n_ctx=2048, n_threads=n_threads, max_sequences=32, kv_type=kv_type)
+        for at in range(0, n, 512):
+            model.run([SequenceInput(tokens[at : min(n, at + 512)], at, blocks_for(len(tokens)), 0)])
+        short = SequenceInput(tokens[:7], 0, [50], 1)
+        many = [SequenceInput([9], 40 + i, [51, 52], 1) for i in range(9)]
+        for sizes in ([1] * 20, [9, 1, 10], [20]):
+            for others in ([], [short], many):
+                rows = continuation(model, tokens, n, sizes, others)
+                expected = rows if expected is None else expected
+                np.testing.assert_array_equal(rows, expected, err_msg=f"{n_threads} {sizes} {len(others)}")
+        model.close()
+
+
 def test_a_batch_of_sequences_is_each_alone(model: Model) -> None:
     """Different lengths, pasts and blocks; one that generates beside others that read."""
     prompts = [TOKENS[:33], TOKENS[5:6], TOKENS[10:30]]

@@ -4,7 +4,9 @@
 
 #include "kv.h"
 
-/* Blocks that are taken into the rows together: a row's running maximum is looked at once in a span. */
+#include <math.h>
+
+/* Blocks that are taken into the rows together: a row's exponent is looked at once in a span. */
 enum { PL_SPAN_BLOCKS = 4, PL_SPAN_TOKENS = PL_SPAN_BLOCKS * PL_BLOCK_TOKENS };
 
 /* What kernels read: the types of the store (enum pl_kv_type), and
@@ -15,16 +17,27 @@ enum { PL_ALWAYS = 1, PL_NEVER = INT32_MAX }; /* when to widen */
 
 enum { PL_LANES = 16 }; /* floats of a widest register: what rows are padded to */
 
-/* Some rows of one key/value head on their way over the blocks. */
+/*
+ * Some rows of one key/value head on their way over the blocks. A score's weight is 2^(score * log2(e) - exponent). Since the
+ * exponent is a whole number, another one would change no bit of a weight's or a sum's fraction: it only has to be so near the
+ * largest score that nothing of importance overflows or vanishes. So it need not follow every new maximum, and sums with
+ * different exponents can be joined as if they had had the same all along.
+ */
 typedef struct pl_attention_rows {
     int32_t n, head_dim;
     const float *const *q; /* [n] rows of head_dim */
     float *packed_q;       /* [n][width]: room for q in the form that the kernel likes; width is pl_kv_width(head_dim) */
-    float *max;            /* [n] */
+    float *exponent;       /* [n]: -inf before the first score */
     float *sum;            /* [n][PL_LANES], 64-byte aligned: the row's sum is that of its lanes */
     float *total;          /* [n][width], 64-byte aligned */
     float softcap;
 } pl_attention_rows;
+
+/* An exponent is raised when a score is so far (powers of two) above it. */
+enum { PL_HEADROOM = 32 };
+
+/* 2^e of a whole e <= 0; 0 where that is too small to matter. */
+static inline float pl_shrink(float e) { return e >= -126 ? ldexpf(1.0f, (int)e) : 0.0f; }
 
 /* Some blocks of that head. */
 typedef struct pl_attention_span {
@@ -43,6 +56,8 @@ typedef struct pl_attention_kernels {
     void (*begin)(pl_attention_rows *rows, int32_t key_type);
     /* Takes a span into the rows. */
     void (*span)(pl_attention_rows *rows, const pl_attention_span *span);
+    /* Adds what rows [from, to) of `part` have summed to what the same rows of `whole` have. */
+    void (*join)(pl_attention_rows *whole, const pl_attention_rows *part, int32_t from, int32_t to);
     /* One block and head as `wide_type`; of V the first n tokens, and what is paired with the last one is 0. */
     void (*widen_keys)(int32_t type, int32_t head_dim, const void *keys, void *wide);
     void (*widen_values)(int32_t type, int32_t head_dim, const void *values, int32_t n, void *wide);

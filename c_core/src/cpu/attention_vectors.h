@@ -103,17 +103,17 @@ INLINE floats polynomial(floats x) {
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
-/* 2^x; 0 far below. */
-INLINE floats power_of_two(floats x) {
+/* 2^(x - exponent) for a whole exponent, which the bits of the fraction do not depend on; 0 far below. */
+INLINE floats power_of_two(floats x, float exponent) {
 #ifdef SCALE
-    x = LARGER(all(-200.0f), x);
+    x = LARGER(all(exponent - 200.0f), x);
     const floats n = ROUND(x);
-    return SCALE(polynomial(x - n), n);
+    return SCALE(polynomial(x - n), n - all(exponent));
 #else
-    const floats magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to whole numbers */
-    x = choose(x < all(-127.0f), all(-127.0f), x);
+    const floats magic = all(12582912.0f), least = all(exponent - 127.0f); /* 1.5 * 2^23: adding it rounds to whole numbers */
+    x = choose(x < least, least, x);
     const floats n = (x + magic) - magic;
-    const ints scale = (__builtin_convertvector(n, ints) + 127) << 23; /* 0 for -127 */
+    const ints scale = (__builtin_convertvector(n - all(exponent), ints) + 127) << 23; /* 0 for -127 */
     return polynomial(x - n) * (floats)scale;
 #endif
 }
@@ -123,7 +123,7 @@ INLINE floats size_of(floats x) { return (floats)((ints)x & INT32_MAX); }
 /* cap * tanh(x / cap) */
 INLINE floats cap_softly(floats x, float cap) {
     const ints sign = (ints)x & INT32_MIN;
-    const floats e = power_of_two(size_of(x) * all(-2 * LOG2_E / cap)); /* e^(-2 size / cap) */
+    const floats e = power_of_two(size_of(x) * all(-2 * LOG2_E / cap), 0.0f); /* e^(-2 size / cap) */
     const floats y = all(cap) * (all(1.0f) - e) / (all(1.0f) + e);
     return (floats)((ints)y | sign);
 }
@@ -296,7 +296,7 @@ static void score_blocks(int32_t n, const float *q, const pl_attention_span *spa
 
 /* ---- weights of a span --------------------------------------------------------------------------------------------- */
 
-/* The running softmax of row r: the scores of the span's vectors [begin, end) become weights, 0 where the row does not look.
+/* The softmax of row r as it goes on: the scores of the span's vectors [begin, end) become weights, 0 where the row does not look.
  * Returns by how much what was summed before shrinks. */
 INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, int32_t to, int32_t begin, int32_t end) {
     if (from >= to) {
@@ -316,16 +316,15 @@ INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, 
         largest = choose(x > largest, x, largest);
         store(s + v * LANES, x);
     }
-    const float here = LARGEST(largest);
+    const float here = LARGEST(largest) * LOG2_E;
     float shrink = 1.0f;
-    if (here > rows->max[r]) {
-        shrink = expf(rows->max[r] - here); /* exp(-inf) = 0 at a row's first span */
-        rows->max[r] = here;
+    if (here > rows->exponent[r] + PL_HEADROOM) {
+        shrink = pl_shrink(rows->exponent[r] - rintf(here)); /* 0 at a row's first span */
+        rows->exponent[r] = rintf(here);
     }
-    const floats offset = all(rows->max[r] * LOG2_E);
     floats sum = load(rows->sum + r * PL_LANES) * all(shrink);
     for (int32_t v = begin; v < end; v++) {
-        const floats p = power_of_two(load(s + v * LANES) * all(LOG2_E) - offset);
+        const floats p = power_of_two(load(s + v * LANES) * all(LOG2_E), rows->exponent[r]);
         sum += p;
         store(s + v * LANES, p);
     }
@@ -396,7 +395,15 @@ INLINE void weigh_all(int n, int type, const float *p, const pl_attention_span *
     }
 }
 
-/* The same with quantized V. The scales go into the weights, so that codes are multiplied as they are. */
+/* Whether V's scales go into the weights, so that codes are multiplied as they are. Where V is also widened to floats, which
+ * are codes times scales, those are multiplied here as well, so that results are the same. */
+#ifdef ADD_FOURS
+enum { SCALED_WEIGHTS = true };
+#else
+enum { SCALED_WEIGHTS = false };
+#endif
+
+/* The same with quantized V. */
 INLINE void weigh_quantized(int n, int type, const float *p, const pl_attention_span *span, int32_t head_dim, int32_t first,
                             int32_t last, const float *shrink, float *total) {
     const int32_t columns = type == PL_KV_Q4_0 ? head_dim / 2 : head_dim; /* bytes of a token */
@@ -412,12 +419,14 @@ INLINE void weigh_quantized(int n, int type, const float *p, const pl_attention_
             const int32_t base = block * PL_BLOCK_TOKENS;
             const uint8_t *values = span->values[block];
             const uint16_t *scales = (const uint16_t *)(values + pl_kv_scales(type, head_dim)) + group * PL_BLOCK_TOKENS;
-            _Alignas(64) float scaled[ROWS][PL_BLOCK_TOKENS];
+            _Alignas(64) float scaled[ROWS][PL_BLOCK_TOKENS], scale_of[PL_BLOCK_TOKENS];
             UNROLL for (int t = 0; t < PL_BLOCK_TOKENS; t += LANES) {
                 const ints token = numbers_from(base + t);
                 const floats scale = choose((token >= first) & (token < last), WIDEN(scales + t), all(0.0f));
+                store(scale_of + t, scale);
                 UNROLL for (int r = 0; r < n; r++) {
-                    store(scaled[r] + t, load(p + r * PL_SPAN_TOKENS + base + t) * scale);
+                    const floats weight = load(p + r * PL_SPAN_TOKENS + base + t);
+                    store(scaled[r] + t, SCALED_WEIGHTS ? weight * scale : weight);
                 }
             }
             const uint8_t *codes = values + (type == PL_KV_Q4_0 ? 64 : 128) * (int64_t)group;
@@ -432,8 +441,9 @@ INLINE void weigh_quantized(int n, int type, const float *p, const pl_attention_
                 __builtin_prefetch(next + (row - values));
                 __builtin_prefetch(next + (row - values) + 64);
                 UNROLL for (int b = 0; b < 4; b++) {
+                    const floats scale = SCALED_WEIGHTS ? all(1.0f) : all(scale_of[fours * 4 + b]);
                     UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
-                        const floats codes = code_of(type, false, bytes[v], b, v / (GROUP_VECTORS / 2));
+                        const floats codes = code_of(type, false, bytes[v], b, v / (GROUP_VECTORS / 2)) * scale;
                         UNROLL for (int r = 0; r < n; r++) {
                             sum[r][v] += all(scaled[r][fours * 4 + b]) * codes;
                         }
@@ -559,6 +569,21 @@ static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
     }
 }
 
+static void join(pl_attention_rows *whole, const pl_attention_rows *part, int32_t from, int32_t to) {
+    const int64_t width = pl_kv_width(whole->head_dim);
+    for (int32_t r = from; r < to; r++) {
+        const float exponent = fmaxf(whole->exponent[r], part->exponent[r]);
+        const floats shrink = all(pl_shrink(whole->exponent[r] - exponent));
+        const floats weight = all(pl_shrink(part->exponent[r] - exponent));
+        whole->exponent[r] = exponent;
+        float *sum = whole->sum + r * PL_LANES, *total = whole->total + r * width;
+        store(sum, load(sum) * shrink + load(part->sum + r * PL_LANES) * weight);
+        for (int64_t d = 0; d < width; d += LANES) {
+            store(total + d, load(total + d) * shrink + load(part->total + r * width + d) * weight);
+        }
+    }
+}
+
 /* ---- widening ------------------------------------------------------------------------------------------------------ */
 
 /* Element d of K of some tokens. */
@@ -650,6 +675,7 @@ const pl_attention_kernels TABLE = {
     .wide_type = WIDE,
     .begin = begin,
     .span = take_span,
+    .join = join,
     .widen_keys = widen_keys,
     .widen_values = widen_values,
 };
