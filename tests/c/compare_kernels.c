@@ -340,5 +340,6 @@ int main(void) {
         compare_exp_sum(set);
         compare_attention(set);
     }
+    check_pool();
     return PL_MIN(differences, 100);
 }
