@@ -179,12 +179,13 @@ static void attend(const pl_attention_args *a, const tile *t, const workspace *w
     const pl_kv *kv = a->kv;
     const pl_attention_kernels *k = a->kernels;
     const int32_t group = a->n_head / kv->n_head_kv, n = t->s->n_tokens;
-    /* Rounding to fewer bits makes a token's result depend on how many come with it; in the shorter contexts, in which most
-     * answers are written, nothing does. */
-    const bool may_widen = k->wide_type == PL_KV_F32 || position_of(t, 0) >= CHUNK_BLOCKS * PL_BLOCK_TOKENS;
+    /* Quantized V is rounded on its way to pairs, which it is not for few tokens. So that a token's result does not depend on how
+     * many come with it in the shorter contexts, in which most answers are written, this is for the longer ones. */
+    const bool may_widen_values = k->wide_type == PL_KV_F32 || kv->value_type == PL_KV_F16 ||
+                                  position_of(t, 0) >= CHUNK_BLOCKS * PL_BLOCK_TOKENS;
     pl_attention_span span = {
-        .key_type = may_widen && n >= k->widen_keys_from[kv->key_type] ? k->wide_type : kv->key_type,
-        .value_type = may_widen && n >= k->widen_values_from[kv->value_type] ? k->wide_type : kv->value_type,
+        .key_type = n >= k->widen_keys_from[kv->key_type] ? k->wide_type : kv->key_type,
+        .value_type = may_widen_values && n >= k->widen_values_from[kv->value_type] ? k->wide_type : kv->value_type,
     };
     pl_attention_rows whole = rows_of(a, t, sums);
     const float *q[MOST_ROWS];

@@ -1,6 +1,6 @@
 /*
- * attention_avx512_bf16.c - the same with products of pairs of bfloat16: twice as many in an instruction. Prompts are read so;
- * few new tokens at a time, generated or guessed, are computed in floats.
+ * attention_avx512_bf16.c - the same with products of pairs of bfloat16: twice as many in an instruction. With keys and values in
+ * halves all attention is computed so, whether a prompt is read, for which blocks are widened, or a token is generated.
  */
 #if defined(__x86_64__)
 #include "attention_avx512.h"

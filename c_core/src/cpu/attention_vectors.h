@@ -60,6 +60,31 @@ INLINE floats load_as(int type, const void *p, int64_t index) {
     return type == PL_KV_F16 ? WIDEN((const uint16_t *)p + index) : load((const float *)p + index);
 }
 
+/* Whether elements are multiplied in pairs: where there are such products, halves become pairs on their way from the block, as
+ * they do when it is widened, and with the same results. */
+INLINE bool in_pairs(int type) {
+#ifdef PAIRS
+    return type == PL_KV_PAIRS || type == PL_KV_F16;
+#else
+    (void)type;
+    return false;
+#endif
+}
+
+/* Rows of a block, elements of K or tokens of V, that a step takes. */
+INLINE int rows_of_step(int type) { return in_pairs(type) && type == PL_KV_F16 ? 2 : 1; }
+
+/* What step `step` takes of a block whose rows are `width` wide, from column `at` on; `alone`: there is no second row. */
+INLINE floats load_step(int type, const void *p, int64_t step, int64_t width, int64_t at, bool alone) {
+#ifdef PAIRS
+    if (rows_of_step(type) == 2) {
+        return PAIRS(load_as(type, p, 2 * step * width + at), alone ? all(0.0f) : load_as(type, p, (2 * step + 1) * width + at));
+    }
+#endif
+    (void)alone;
+    return load_as(type, p, step * width + at);
+}
+
 /* Byte b of each four of bytes, as codes: for q4_0, its lower or upper half. */
 INLINE floats code_of(int type, bool keys, ints fours, int b, int upper) {
     if (type == PL_KV_Q4_0) {
@@ -82,7 +107,7 @@ INLINE ints numbers_from(int32_t first) {
 
 INLINE floats multiply_add(int type, floats sum, floats x, floats y) {
 #ifdef PAIRS
-    if (type == PL_KV_PAIRS) {
+    if (in_pairs(type)) {
         return ADD_PAIRS(sum, x, y);
     }
 #endif
@@ -135,12 +160,13 @@ INLINE floats cap_softly(floats x, float cap) {
 #define AT_ONCE(n) ((n) > 1 ? (n) <= ROWS / 4 ? 2 : 1 : ROWS >= 8 ? 4 : 2)
 
 /*
- * q of n rows times K of some blocks, [n_steps][32] each; a step is an element, or a pair. q is packed as
- * [n_steps / LANES][n][LANES], so that one register finds all rows.
+ * q of n rows times K of some blocks, [n_rows][32] each; a step takes an element, or a pair. q is packed as
+ * [steps / LANES][n][LANES], so that one register finds all rows.
  */
 INLINE void score(int n, int n_blocks, int type, const float *q, const void *const *keys, const void *const *next,
-                  int32_t n_steps, float *scores) {
-    const int bytes = type == PL_KV_F16 ? 2 : 4;
+                  int32_t n_rows, float *scores) {
+    const int bytes = type == PL_KV_F16 ? 2 : 4, rows = rows_of_step(type);
+    const int32_t n_steps = (n_rows + rows - 1) / rows;
     floats s[PL_SPAN_BLOCKS][ROWS][BLOCK_VECTORS];
     UNROLL for (int b = 0; b < n_blocks; b++) {
         UNROLL for (int r = 0; r < n; r++) {
@@ -152,12 +178,14 @@ INLINE void score(int n, int n_blocks, int type, const float *q, const void *con
     for (int32_t step = 0; step < n_steps; step += LANES, q += n * LANES) {
         const int32_t count = PL_MIN(LANES, n_steps - step);
         for (int32_t i = 0; i < count; i++) {
-            const int64_t at = (int64_t)(step + i) * PL_BLOCK_TOKENS;
+            const int64_t row = (int64_t)(step + i) * rows;
             UNROLL for (int b = 0; b < n_blocks; b++) {
-                __builtin_prefetch((const char *)next[b] + at * bytes);
+                UNROLL for (int j = 0; j < rows; j++) {
+                    __builtin_prefetch((const char *)next[b] + (row + j) * PL_BLOCK_TOKENS * bytes);
+                }
                 floats k[BLOCK_VECTORS];
                 UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
-                    k[v] = load_as(type, keys[b], at + v * LANES);
+                    k[v] = load_step(type, keys[b], step + i, PL_BLOCK_TOKENS, v * LANES, row + 1 == n_rows);
                 }
                 UNROLL for (int r = 0; r < n; r++) {
                     const floats x = all(q[r * LANES + i]);
@@ -252,11 +280,11 @@ INLINE void pack_quantized(int32_t key_type, const float *q, float *packed) {
 #define SCORE(n, type)                                                                                                      \
     case n:                                                                                                                 \
         for (; begin + AT_ONCE(n) <= end; begin += AT_ONCE(n)) {                                                            \
-            score(n, AT_ONCE(n), type, q, span->keys + begin, span->next_keys + begin, n_steps,                             \
+            score(n, AT_ONCE(n), type, q, span->keys + begin, span->next_keys + begin, n_rows,                              \
                   scores + begin * PL_BLOCK_TOKENS);                                                                        \
         }                                                                                                                   \
         for (; begin < end; begin++) {                                                                                      \
-            score(n, 1, type, q, span->keys + begin, span->next_keys + begin, n_steps, scores + begin * PL_BLOCK_TOKENS);   \
+            score(n, 1, type, q, span->keys + begin, span->next_keys + begin, n_rows, scores + begin * PL_BLOCK_TOKENS);    \
         }                                                                                                                   \
         break;
 #define SCORE_QUANTIZED(n, type)                                                                                            \
@@ -270,7 +298,7 @@ INLINE void pack_quantized(int32_t key_type, const float *q, float *packed) {
 /* Scores of n rows with the span's blocks [begin, end): scores[n][PL_SPAN_TOKENS]. */
 static void score_blocks(int32_t n, const float *q, const pl_attention_span *span, int32_t head_dim, int32_t begin, int32_t end,
                          float *scores) {
-    const int32_t n_steps = span->key_type == PL_KV_PAIRS ? (head_dim + 1) / 2 : head_dim;
+    const int32_t n_rows = span->key_type == PL_KV_PAIRS ? (head_dim + 1) / 2 : head_dim;
     switch (span->key_type) {
     case PL_KV_F16:
         switch (n) { SIZES(SCORE, PL_KV_F16) }
@@ -346,7 +374,7 @@ INLINE void pair_up(float *p, int32_t n_vectors) {
 /* total[n][width] = total * shrink + p[n][..] times V of tokens [first, last), `columns` vectors from column `at` on. */
 INLINE void weigh(int n, int columns, int type, const float *p, const pl_attention_span *span, int64_t width, int64_t at,
                   int32_t first, int32_t last, const float *shrink, float *total) {
-    const int32_t tokens = type == PL_KV_PAIRS ? 2 : 1, bytes = type == PL_KV_F16 ? 2 : 4; /* tokens of a row of V */
+    const int32_t tokens = in_pairs(type) ? 2 : 1, bytes = type == PL_KV_F16 ? 2 : 4, rows = rows_of_step(type);
     floats sum[ROWS][MOST_COLUMNS];
     UNROLL for (int r = 0; r < n; r++) {
         UNROLL for (int c = 0; c < columns; c++) {
@@ -354,19 +382,20 @@ INLINE void weigh(int n, int columns, int type, const float *p, const pl_attenti
         }
     }
     for (int32_t block = first / PL_BLOCK_TOKENS; block * PL_BLOCK_TOKENS < last; block++) {
-        const int32_t base = block * PL_BLOCK_TOKENS / tokens;
+        const int32_t base = block * PL_BLOCK_TOKENS / tokens; /* steps before the block */
         const int32_t begin = PL_MAX(first / tokens, base);
         const int32_t end = PL_MIN((last + tokens - 1) / tokens, base + PL_BLOCK_TOKENS / tokens);
         const void *values = span->values[block];
         const char *next = span->next_values[block];
         for (int32_t t = begin; t < end; t++) {
-            const int64_t index = (t - base) * width + at;
-            UNROLL for (int c = 0; c < columns; c += 64 / (LANES * bytes)) {
-                __builtin_prefetch(next + (index + LANES * c) * bytes);
+            UNROLL for (int j = 0; j < rows; j++) {
+                UNROLL for (int c = 0; c < columns; c += 64 / (LANES * bytes)) {
+                    __builtin_prefetch(next + (((t - base) * rows + j) * width + at + LANES * c) * bytes);
+                }
             }
             floats v[MOST_COLUMNS];
-            UNROLL for (int c = 0; c < columns; c++) {
-                v[c] = load_as(type, values, index + LANES * c);
+            UNROLL for (int c = 0; c < columns; c++) { /* what lies behind the last token may be anything */
+                v[c] = load_step(type, values, t - base, width, at + LANES * c, tokens * t + 1 == last);
             }
             UNROLL for (int r = 0; r < n; r++) {
                 const floats x = all(p[r * PL_SPAN_TOKENS + t]);
@@ -511,7 +540,7 @@ INLINE floats q_elements(const float *q, int32_t d, int32_t head_dim) {
 static void begin(pl_attention_rows *rows, int32_t key_type) {
     const bool quantized = key_type == PL_KV_Q8_0 || key_type == PL_KV_Q4_0;
     const int32_t head_dim = rows->head_dim, slot = quantized ? PL_LANES : LANES; /* floats that hold .. */
-    const int32_t elements = quantized ? PL_KV_GROUP : key_type == PL_KV_PAIRS ? 2 * LANES : LANES; /* .. so many of q */
+    const int32_t elements = quantized ? PL_KV_GROUP : in_pairs(key_type) ? 2 * LANES : LANES; /* .. so many of q */
     for (int32_t r = 0, n; r < rows->n; r += n) {
         n = piece_of(rows->n - r);
         float *packed = rows->packed_q + r * pl_kv_width(head_dim);
@@ -519,7 +548,7 @@ static void begin(pl_attention_rows *rows, int32_t key_type) {
             for (int32_t i = 0; i < n; i++) {
                 const float *q = rows->q[r + i];
 #ifdef PAIRS
-                if (key_type == PL_KV_PAIRS) {
+                if (in_pairs(key_type)) {
                     store(packed + i * slot,
                           NEIGHBOURS(q_elements(q, d, head_dim), q_elements(q, d + LANES, head_dim)));
                     continue;
@@ -560,7 +589,7 @@ static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
             shrink[i] =
                 soften(rows, r + i, own, span->from[r + i], span->to[r + i], BLOCK_VECTORS * begin, BLOCK_VECTORS * end);
 #ifdef PAIRS
-            if (span->value_type == PL_KV_PAIRS) {
+            if (in_pairs(span->value_type)) {
                 pair_up(own, BLOCK_VECTORS * end);
             }
 #endif
