@@ -3,7 +3,8 @@
     tokenizing   MB/s on texts of 1 MB, one thread
     loading      seconds from a process's start to its first token; of the load alone, beside what reading a mapping of the
                  file and taking as much fresh memory cost; and the most memory that was resident
-    a step       microseconds between two runs of the model while one request is answered and read
+    a step       microseconds for each token that pass between the core's calls while one request is answered and read; and the
+                 tokens per second, beside those of the same runs alone
     a grammar    microseconds for the mask of a JSON grammar, at each token of a document after the first
 
 All figures are medians. The first process after a pause may wait for memory that the system (or a virtual machine's host) has
@@ -161,11 +162,11 @@ def loading(path: Path, repetitions: int) -> Rows:
 
 
 class TimedCore:
-    """The core's library, with the begin and the end of each run noted."""
+    """The core's library, with the begin and the end of each run noted, and how many steps it made."""
 
     def __init__(self, lib: Any) -> None:
         self._lib = lib
-        self.spans: list[tuple[float, float]] = []
+        self.spans: list[tuple[float, float, int]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lib, name)
@@ -173,24 +174,47 @@ class TimedCore:
     def pl_run(self, *args: Any) -> int:
         begin = time.perf_counter()
         status = self._lib.pl_run(*args)
-        self.spans.append((begin, time.perf_counter()))
+        self.spans.append((begin, time.perf_counter(), 1))
         return status
 
+    def pl_generate(self, *args: Any) -> int:
+        begin = time.perf_counter()
+        n_steps = self._lib.pl_generate(*args)
+        self.spans.append((begin, time.perf_counter(), n_steps))
+        return n_steps
 
-def stepping(path: Path, n_tokens: int) -> Rows:
+
+def runs_alone(loaded: model.Model, n_prompt: int, n_tokens: int) -> float:
+    """Tokens per second of a generation's runs, without anything between them."""
+    blocks = list(range(loaded.n_blocks))
+    loaded.run([model.SequenceInput([100] * n_prompt, 0, blocks, 1)])
+    begin = time.perf_counter()
+    for n_past in range(n_prompt, n_prompt + n_tokens):
+        loaded.run([model.SequenceInput([100 + n_past], n_past, blocks[: n_past // 32 + 1], 1)])
+    return n_tokens / (time.perf_counter() - begin)
+
+
+def stepping(path: Path, n_tokens: int, repetitions: int) -> Rows:
     model.lib = core = TimedCore(model.lib)
     loaded = load(path, n_ctx=max(512, 2 * n_tokens))
+    prompt = tuple(loaded.tokenizer.encode("Once upon a time", add_special=True))
     rows = []
-    with Engine(loaded) as engine:
-        prompt = tuple(loaded.tokenizer.encode("Once upon a time", add_special=True))
-        for name, options in (("default", {}), ("greedy", {"temperature": 0.0}), ("no top-k", {"top_k": 0})):
-            for _ in range(2):  # the first one warms up
+    for name, options, stop in (
+        ("default", {}, ()), ("greedy", {"temperature": 0.0}, ()), ("no top-k", {"top_k": 0}, ()), ("a stop string", {}, ("~~",)),
+    ):  # fmt: skip
+        whole, alone, between = [], [], []
+        for _ in range(repetitions + 1):  # the first one warms up
+            with Engine(loaded) as engine:
                 core.spans.clear()
                 params = SamplingParams(seed=1, ignore_eos=True, **options)
-                engine.submit(Request(prompt=prompt, n_predict=n_tokens, sampling=params)).result()
-            between = 1e6 * median(b[0] - a[1] for a, b in zip(core.spans[1:], core.spans[2:]))
-            run = 1e6 * median(end - begin for begin, end in core.spans[1:])
-            rows.append((f"between two runs, {name}, µs", f"{between:.0f} ({between / run:.1%} of a run)"))
+                request = Request(prompt=prompt, n_predict=n_tokens + 1, sampling=params, stop=stop, cache_prompt=False)
+                timings = engine.submit(request).result()[2].timings
+            between.append(1e6 * median((b[0] - a[1]) / b[2] for a, b in zip(core.spans[1:], core.spans[2:])))
+            whole.append(1e3 * n_tokens / timings.predicted_ms)
+            alone.append(runs_alone(loaded, len(prompt), n_tokens))
+        share = median(a / b for a, b in zip(whole[1:], alone[1:]))
+        rows.append((f"between two steps, {name}, µs", f"{median(between[1:]):.0f}"))
+        rows.append((f"tokens/s, {name}", f"{median(whole[1:]):.0f} ({share:.1%} of {median(alone[1:]):.0f}, the runs alone)"))
     model.lib = core._lib
     loaded.close()
     return rows
@@ -217,7 +241,7 @@ def report(path: Path, args: argparse.Namespace) -> None:
     with GGUFFile.open(path) as gguf:
         tokenizer = from_gguf(gguf)
     rows = tokenizing(tokenizer, args.repetitions) + masking(tokenizer)
-    rows += loading(path, args.repetitions) + stepping(path, args.tokens)
+    rows += loading(path, args.repetitions) + stepping(path, args.tokens, args.repetitions)
     print(f"\n{path.name}: {tokenizer.n_vocab} tokens; kernels: {cpu_name()}\n\n| | |\n| --- | --- |")
     for name, value in rows:
         print(f"| {name} | {value} |", flush=True)

@@ -154,7 +154,7 @@ class Stream:
         return self._all_there.wait(timeout)
 
     def cancel(self) -> None:
-        """Ends the request within a step; the stream still ends with :class:`Done`."""
+        """Ends the request within a step, or a burst of quick ones (1/60 s); the stream still ends with :class:`Done`."""
         if not (self._ended or self.cancelled):
             self.cancelled = True
             self._engine._has_news()
@@ -466,6 +466,9 @@ class Engine:
         except ContextFull as full:
             self._end(full.sequence, "error", error=str(full))
             return
+        if (n_steps := self._burst(chunks)) > 1:
+            self._generate(chunks, n_steps)
+            return
         texts, states = [], []
         for chunk in chunks:
             request = chunk.sequence.owner.request
@@ -535,6 +538,51 @@ class Engine:
                     self._sample_guessed(chunk, job, rows[n_rows + 1 : end], peaks[n_rows + 1 : end])
                 n_rows = end
 
+    def _burst(self, chunks: list[Chunk]) -> int:
+        """How many steps the core may make on its own. Where a stop string may end a text, those after it would be in vain."""
+        if self.n_lookup or self.draft or not chunks:
+            return 1
+        most = self.model.n_ctx
+        for chunk in chunks:
+            sequence = chunk.sequence
+            job: _Job = sequence.owner
+            if not (sequence.generating and chunk.is_last and chunk.n == 1) or job.request.stop or job.sampler.core is None:
+                return 1
+            if job.request.n_predict > 0:
+                most = min(most, job.request.n_predict - job.n_predicted)
+        return self._scheduler.burst(chunks, most)
+
+    def _generate(self, chunks: list[Chunk], n_steps: int) -> None:
+        """As :meth:`_run`, several steps at once."""
+        sequences = [chunk.sequence for chunk in chunks]
+        samplers = [sequence.owner.sampler for sequence in sequences]
+        inputs = [SequenceInput(s.tokens[-1:], s.n_evaluated, s.table.blocks, 1) for s in sequences]
+        randoms = [sampler.take_randoms(n_steps) for sampler in samplers]
+        in_order = [random for step in zip(*randoms) for random in step]
+        before = time.perf_counter()
+        try:
+            tokens = self.model.generate(inputs, [s.core for s in samplers], in_order, self.model.tokenizer.eog_ids)
+        except Exception as error:  # as in _run
+            for sequence in sequences:
+                self._end(sequence, "error", error=f"{type(error).__name__}: {error}")
+            return
+        n_made = len(tokens) // len(chunks)
+        self._scheduler.advance(chunks, (time.perf_counter() - before) / n_made)
+        for i, sequence in enumerate(sequences):
+            samplers[i].put_back(randoms[i][n_made:])
+            self._take_burst(sequence, tokens[i :: len(chunks)])
+
+    def _take_burst(self, sequence: Sequence, tokens: list[int]) -> None:
+        job: _Job = sequence.owner
+        for i, token in enumerate(tokens):
+            if i:
+                self._scheduler.accept(sequence)
+            if token < 0:
+                self._end(sequence, "error", error=job.sampler.why_nothing())
+                return
+            if not self._take(sequence, job, Sample(token)):
+                return
+
     def _score(self, chunk: Chunk) -> None:
         """Evaluates a part of a prompt, a few tokens at a time, and notes how likely each of the next ones was."""
         sequence, is_last = chunk.sequence, chunk.is_last
@@ -600,7 +648,12 @@ class Engine:
         except Exception as error:  # e.g. a grammar that no token fits: this request's own problem
             self._end(sequence, "error", error=str(error))
             return False
-        if sample.token in tokenizer.eog_ids:
+        return self._take(sequence, job, sample)
+
+    def _take(self, sequence: Sequence, job: _Job, sample: Sample) -> bool:
+        """Adds a token to the text, which goes on (True) or ends."""
+        n_predict = job.request.n_predict
+        if sample.token in self.model.tokenizer.eog_ids:
             self._end(sequence, "eos")
             return False
         sequence.tokens.append(sample.token)

@@ -248,8 +248,12 @@ class Sampler:
         self._n_probs = min(params.n_probs, tokenizer.n_vocab)
         self._matcher: Matcher | None = Grammar.parse(params.grammar).matcher() if params.grammar else None
         seed = params.seed & RANDOM_SEED
-        self._random = random.Random(None if seed == RANDOM_SEED else seed).random if params.temperature > 0 else _zero
+        self._new_random = random.Random(None if seed == RANDOM_SEED else seed).random if params.temperature > 0 else _zero
+        self._unused: list[float] = []
+        """Random numbers that were taken and put back, the next one last."""
         self._core = ffi.new("pl_sampling *", {"n_vocab": tokenizer.n_vocab})
+        if params.mirostat and params.temperature > 0:
+            self._core.tau, self._core.eta = params.mirostat_tau, params.mirostat_eta
         self._error = ffi.new("pl_error *")
         self._set_biases()
         self._set_penalties(prompt_tokens, n_ctx)
@@ -266,16 +270,14 @@ class Sampler:
     def _set_penalties(self, prompt_tokens: Sequence[int], n_ctx: int) -> None:
         params = self.params
         size = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
-        self._n_window = size if params.penalizes else 0
+        n_window = size if params.penalizes else 0
         tokens = prompt_tokens if params.penalty_prompt is None else params.penalty_prompt
-        recent = [token if 0 <= token < self._n_vocab else -1 for token in tokens[-size:]] if self._n_window else []
-        self._window = ffi.new("int32_t[]", self._n_window)
-        """A ring of the recent tokens."""
+        recent = [token if 0 <= token < self._n_vocab else -1 for token in tokens[-size:]] if n_window else []
+        self._window = ffi.new("int32_t[]", n_window)
         self._window[0 : len(recent)] = recent
-        self._oldest = len(recent) % size if self._n_window else 0
-        """Where the next token goes."""
         core = self._core
         core.recent, core.n_recent = self._window, len(recent)
+        core.n_window, core.oldest = n_window, len(recent) % size if n_window else 0
         core.exempt = -1 if params.penalize_nl or self._tokenizer.nl_id is None else self._tokenizer.nl_id
         core.repeat, core.frequency, core.presence = (
             params.repeat_penalty,
@@ -322,9 +324,26 @@ class Sampler:
             if token is None and self._matcher.can_end:
                 return self._end(raw)  # the end is all that the grammar and the biases leave, and a bias bans that too
         if token is None:
-            raise SamplingError(self._why_nothing())
+            raise SamplingError(self.why_nothing())
         self._accept(token)
         return Sample(token) if raw is None else self._report(token, self._probs(logits), raw)
+
+    @property
+    def core(self) -> ffi.CData | None:
+        """The ``pl_sampling *`` with which the core can choose several tokens on its own; None when choosing takes more: a
+        grammar, or something that is told about each token."""
+        return self._core if self._matcher is None and not self._n_probs else None
+
+    def take_randoms(self, n: int) -> list[float]:
+        """The random numbers for the next ``n`` tokens that the core chooses."""
+        return [self._random() for _ in range(n)]
+
+    def put_back(self, randoms: list[float]) -> None:
+        """Returns what was not used of the last numbers taken."""
+        self._unused += reversed(randoms)
+
+    def _random(self) -> float:
+        return self._unused.pop() if self._unused else self._new_random()
 
     def score(self, token: int, logits: np.ndarray) -> Sample:
         """What there is to tell of a token that was there anyway; nothing about the sequence changes. Needs ``n_probs``.
@@ -356,14 +375,7 @@ class Sampler:
         logits[self._eog] = ends if matcher.can_end else -math.inf
 
     def _accept(self, token: int) -> None:
-        core = self._core
-        if self._n_window:
-            self._window[self._oldest] = token
-            self._oldest = (self._oldest + 1) % self._n_window
-            core.n_recent = min(core.n_recent + 1, self._n_window)
-        if self.params.mirostat and self.params.temperature > 0:
-            surprise = (core.log_total - core.logits[core.chosen]) / math.log(2)
-            self._steps[0].value -= self.params.mirostat_eta * (surprise - self.params.mirostat_tau)
+        lib.pl_accept(self._core, token)
         if self._matcher is not None:
             if token in self._tokenizer.eog_ids:
                 self.finished = True
@@ -379,7 +391,8 @@ class Sampler:
         token = tokenizer.eos_id if tokenizer.eos_id is not None else min(tokenizer.eog_ids)
         return Sample(token) if raw is None else self._report(token, [(token, 1.0)], raw)
 
-    def _why_nothing(self) -> str:
+    def why_nothing(self) -> str:
+        """The reason when there is no token to draw."""
         if self._matcher is not None:
             return "no token of the vocabulary can continue the text in the way that the grammar wants"
         return "no token can be drawn: every logit is -inf or not a number"

@@ -19,6 +19,8 @@ from pyllama.kv_cache import BlockTable, KVCache
 __all__ = ["Chunk", "ContextFull", "Scheduler", "Sequence", "truncated"]
 
 _LEAST_CHUNK = 16
+_BURST_SECONDS = 1 / 60  # screens show nothing more often
+_LONGEST_BURST = 8
 _STEPS_BESIDE = 3.0  # a step with a chunk of a prompt may take as long as about this many that only generate
 
 
@@ -198,8 +200,26 @@ class Scheduler:
         if guess and self.cache.reserve(sequence.table, n_evaluated + len(guess)):
             chunk.guess = guess
 
+    def burst(self, chunks: list[Chunk], most: int) -> int:
+        """How many steps these sequences, which all generate, may make before anybody looks at them again; there are blocks for
+        so many then.
+
+        Args:
+            most: tokens that each of them may still get.
+        """
+        if not self._step_seconds:
+            return 1
+        n_steps = min(most, _LONGEST_BURST, int(_BURST_SECONDS / self._step_seconds))
+        for chunk in chunks:
+            n_steps = min(n_steps, self.model.n_ctx - chunk.sequence.n_evaluated)
+        if n_steps < 2:
+            return 1
+        reserve = self.cache.reserve
+        enough = all(reserve(chunk.sequence.table, chunk.sequence.n_evaluated + n_steps) for chunk in chunks)
+        return n_steps if enough else 1
+
     def accept(self, sequence: Sequence) -> None:
-        """Counts the first token of the rest of a guess as evaluated: sampling gave the same one."""
+        """Counts one more token as evaluated: a guess that sampling gave too, or one of a burst."""
         sequence.n_evaluated += 1
         self.cache.commit(sequence.table, sequence.tokens, sequence.n_evaluated)
 
@@ -276,7 +296,7 @@ class Scheduler:
         """Counts a batch as evaluated.
 
         Args:
-            seconds: what the run took.
+            seconds: what the run took; of a burst, a step of it.
         """
         n_prompt = n_streams = n_guessed = 0
         for chunk in chunks:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import codecs
 import hashlib
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 
-from pyllama.core import BLOCK_TOKENS, lib
+from pyllama.core import BLOCK_TOKENS, call, ffi, lib
 from pyllama.scheduler import truncated
 
 N_VOCAB = 300
@@ -110,6 +111,22 @@ class FakeModel:
             padded = np.pad(np.reshape(rows, (len(rows), N_VOCAB)), ((0, 0), (0, padding)), constant_values=-np.inf)
             self.peaks = padded.reshape(len(rows), self.peaks.shape[1], lib.PL_PEAK_LOGITS).max(axis=2).astype(np.float32)
         return np.array(rows, np.float32).reshape(len(rows), 4 if hidden else N_VOCAB)
+
+    def generate(self, inputs, samplings, randoms, ends) -> list[int]:
+        tokens: list[int] = []
+        while len(tokens) < len(randoms):
+            rows = self.run(inputs)
+            for row, peaks, sampling in zip(rows, self.peaks, samplings):
+                out = ffi.from_buffer("float[]", row), ffi.from_buffer("float[]", peaks)
+                n = call(lib.pl_sample, sampling, *out, randoms[len(tokens)])
+                tokens.append(sampling.tokens[sampling.chosen] if n else -1)
+                if n:
+                    lib.pl_accept(sampling, tokens[-1])
+            chosen = tokens[-len(inputs) :]
+            if any(token < 0 or token in ends for token in chosen):
+                break
+            inputs = [replace(item, tokens=[token], n_past=item.n_past + 1) for item, token in zip(inputs, chosen)]
+        return tokens
 
     def kv_copy(self, src_blocks, src_pos, dst_blocks, dst_pos, n) -> None:
         for i in range(n):  # in this order, as the core does, so that a range may move down over itself

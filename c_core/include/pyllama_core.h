@@ -264,13 +264,15 @@ typedef struct pl_sampling {
     const int32_t *biased;
     const float *bias;
     int32_t n_recent; /* tokens that are penalized, in any order; those outside the vocabulary and `exempt` are not */
-    const int32_t *recent;
+    int32_t *recent;
+    int32_t n_window, oldest; /* `recent` is a ring of so many, and where the next one goes; 0: nothing is penalized */
     int32_t exempt;             /* -1: none */
     float repeat;               /* > 0: positive logits are divided by it, the others multiplied with it */
     float frequency, presence;  /* subtracted for each time, and once */
     int32_t n_steps;
-    const pl_sampling_step *steps;
+    pl_sampling_step *steps;
     double temperature; /* > 0; also used by mirostat's selections */
+    double tau, eta;    /* what mirostat aims at, in bits, and its learning rate; 0: there is no mu to learn */
     /* The candidates at the end of the chain, the best first, are written here. Room for k if top-k selects, for the whole
      * vocabulary otherwise. */
     int32_t room;
@@ -288,6 +290,25 @@ int32_t pl_sample(pl_sampling *sampling, float *logits, float *peaks, double ran
 /* Runs the chain and draws one of the candidates by a random number 0 <= random < 1 (0: the best one). Returns their number, which
  * is 0 when there is no logit to take. */
 int32_t pl_choose(pl_sampling *sampling, const float *logits, double random, pl_error *err);
+/* Counts the chosen token as part of the text: among the recent ones, and in mirostat's mu. */
+void pl_accept(pl_sampling *sampling, int32_t token);
+
+/* ---- several steps in one call (c_core/src/generate.c) -------------------------------------------------------------- */
+
+/* How to go on with a batch of sequences that have one new token each; the caller owns everything that is pointed to. */
+typedef struct pl_generation {
+    int32_t n_steps; /* at most, >= 1 */
+    pl_sequence *sequences; /* those of the batch; n_past grows, and there are blocks for all steps */
+    pl_sampling *const *samplings; /* one for each sequence */
+    const double *randoms; /* [n_steps][n_sequences]: for pl_sample */
+    int32_t n_ends;
+    const int32_t *ends; /* tokens that end a text */
+    int32_t *tokens; /* [n_steps][n_sequences]: what was chosen; -1: there was nothing to choose */
+} pl_generation;
+
+/* Runs the program, chooses a token for each sequence, runs it with these, and so on, until a text ends. The batch wants
+ * logits of all its tokens, of which those of the last step are left. Returns the number of steps. */
+int32_t pl_generate(pl_program *p, int32_t n_threads, const pl_batch *batch, const pl_generation *generation, pl_error *err);
 
 /*
  * Grammars (c_core/src/grammar.c). A grammar is a network of nodes; every rule has its own. Matching is over code points:

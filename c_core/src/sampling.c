@@ -304,3 +304,15 @@ PL_API int32_t pl_choose(pl_sampling *s, const float *logits, double random, pl_
 PL_API int32_t pl_sample(pl_sampling *s, float *logits, float *peaks, double random, pl_error *err) {
     return adjust(s, logits, peaks, err) == 0 ? choose(s, logits, peaks, random, err) : -1;
 }
+
+PL_API void pl_accept(pl_sampling *s, int32_t token) {
+    if (s->n_window > 0) {
+        s->recent[s->oldest] = token;
+        s->oldest = (s->oldest + 1) % s->n_window;
+        s->n_recent = PL_MIN(s->n_recent + 1, s->n_window);
+    }
+    if (s->eta != 0) {
+        const double surprise = (s->log_total - s->logits[s->chosen]) / log(2.0);
+        s->steps[0].value -= s->eta * (surprise - s->tau);
+    }
+}

@@ -1,13 +1,14 @@
 """A loaded model: tokenizer, program and key/value pool, run with lists of tokens and block numbers.
 
-This module knows files, architectures and the core. It knows nothing of requests, slots or sampling.
+This module knows files, architectures and the core. It knows nothing of requests or slots, and of sampling only that the core
+does it.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -104,6 +105,43 @@ class Model:
             CoreError: a token, block or length is out of range.
             ValueError: too many sequences or tokens.
         """
+        rows = self._prepare(inputs, hidden=hidden)
+        threads = self.n_threads if self._batch.n_tokens <= len(inputs) else self.n_threads_batch
+        if lib.pl_run(self.program.handle, threads, self._batch, self._error) < 0:
+            raise failure(self._error)
+        return rows
+
+    def generate(
+        self, inputs: Sequence[SequenceInput], samplings: Sequence[ffi.CData], randoms: Sequence[float], ends: Iterable[int]
+    ) -> list[int]:
+        """Goes on with some sequences for several steps, all in one call of the core, until one of them ends.
+
+        Args:
+            inputs: with one new token each, whose logits are wanted, and with blocks for all steps.
+            samplings: a ``pl_sampling *`` for each.
+            randoms: a number for each sequence at the first step, then at the second one, and so on.
+            ends: tokens that end a sequence.
+
+        Returns:
+            The tokens that were chosen, in the order of ``randoms``; -1 where there was none to choose.
+
+        Raises:
+            CoreError, ValueError: as :meth:`run`.
+        """
+        self._prepare(inputs)
+        end_tokens, tokens = ffi.new("int32_t[]", list(ends)), ffi.new("int32_t[]", len(randoms))
+        numbers, pointers = ffi.new("double[]", randoms), ffi.new("pl_sampling *[]", samplings)
+        n_steps = len(randoms) // len(inputs)
+        fields = (n_steps, self._sequences, pointers, numbers, len(end_tokens), end_tokens, tokens)
+        n = lib.pl_generate(
+            self.program.handle, self.n_threads, self._batch, ffi.new("pl_generation *", fields), self._error
+        )
+        if n < 0:
+            raise failure(self._error)
+        return list(tokens[0 : n * len(inputs)])
+
+    def _prepare(self, inputs: Sequence[SequenceInput], *, hidden: bool = False) -> np.ndarray:
+        """Fills the batch; the result is where its outputs will be."""
         batch, blocks = self._batch, self._blocks
         n_tokens = n_outputs = n_blocks = 0
         if len(inputs) > self.max_sequences:
@@ -135,9 +173,6 @@ class Model:
             rows = self._rows[:n_outputs]
             batch.logits, batch.hidden = ffi.from_buffer("float[]", self._rows), ffi.NULL
             batch.peaks = ffi.from_buffer("float[]", self.peaks)
-        threads = self.n_threads if n_tokens <= len(inputs) else self.n_threads_batch
-        if lib.pl_run(self.program.handle, threads, batch, self._error) < 0:
-            raise failure(self._error)
         return rows
 
     def kv_copy(
