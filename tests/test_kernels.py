@@ -39,7 +39,7 @@ def compare(*command: str) -> list[str]:
 @pytest.mark.skipif(not shutil.which("cc") and not shutil.which("gcc"), reason="there is no C compiler")
 def test_kernel_sets_agree(tmp_path):
     names = compare(str(build(tmp_path)))
-    assert {"scalar"} <= set(names) <= {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon"}
+    assert {"scalar"} <= set(names) <= {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm"}
 
 
 @pytest.mark.skipif(not shutil.which(ARM_COMPILER), reason=f"{ARM_COMPILER} is not installed")
@@ -49,4 +49,4 @@ def test_arm(tmp_path):
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_C_COMPILER={ARM_COMPILER}"]
     program = build(tmp_path, *target, "-DCMAKE_EXE_LINKER_FLAGS=-static")
     if emulator := shutil.which("qemu-aarch64"):
-        assert compare(emulator, str(program)) == ["scalar", "neon"]
+        assert compare(emulator, str(program)) == ["scalar", "neon", "neon_i8mm"]

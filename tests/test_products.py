@@ -14,7 +14,7 @@ def kernel_sets() -> list[str]:
     """Those that this processor runs."""
     with pytest.MonkeyPatch.context() as patch:
         found = []
-        for name in ("scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon"):
+        for name in ("scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm"):
             patch.setenv("PYLLAMA_CPU", name)
             if cpu_name() == name:
                 found.append(name)

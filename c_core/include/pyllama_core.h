@@ -28,8 +28,8 @@ typedef struct pl_error {
 
 /* ---- the machine -------------------------------------------------------------------------------------------------- */
 
-/* Name of the kernel set in use: "scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon". The environment variable
- * PYLLAMA_CPU forces one (a set that this processor cannot run is refused and the best one is used). */
+/* Name of the kernel set in use: "scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm". The
+ * environment variable PYLLAMA_CPU forces one (a set that this processor cannot run is refused and the best one is used). */
 const char *pl_cpu_name(void);
 
 /* Spreads the pages that this thread, and threads that it starts from now on, touch first evenly over memory nodes. */

@@ -318,7 +318,7 @@ static void compare_exp_sum(const pl_cpu_set *set) {
 }
 
 int main(void) {
-    static const char *const names[] = {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon"};
+    static const char *const names[] = {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm"};
     static const int32_t types[] = {PL_F32,  PL_F16,  PL_BF16, PL_Q4_0, PL_Q4_1, PL_Q5_0, PL_Q5_1,
                                     PL_Q8_0, PL_Q2_K, PL_Q3_K, PL_Q4_K, PL_Q5_K, PL_Q6_K};
     for (size_t t = 0; t < sizeof types / sizeof *types; t++) {

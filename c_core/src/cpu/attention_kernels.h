@@ -67,7 +67,7 @@ extern const pl_attention_kernels pl_attention_scalar;
 #if defined(__x86_64__)
 extern const pl_attention_kernels pl_attention_avx2, pl_attention_avx_vnni, pl_attention_avx512, pl_attention_avx512_bf16;
 #elif defined(__aarch64__)
-extern const pl_attention_kernels pl_attention_neon;
+extern const pl_attention_kernels pl_attention_neon, pl_attention_neon_i8mm;
 #endif
 
 #endif

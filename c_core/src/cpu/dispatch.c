@@ -26,8 +26,15 @@ static bool runs_avx512_bf16(void) { return runs_avx512() && __builtin_cpu_suppo
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 static bool runs_neon(void) { return (getauxval(AT_HWCAP) & (1 << 20)) != 0; /* HWCAP_ASIMDDP: dot products */ }
+static bool runs_neon_i8mm(void) { return runs_neon() && (getauxval(AT_HWCAP2) & (1 << 13)) != 0; /* HWCAP2_I8MM */ }
 #elif defined(__aarch64__)
+#include <sys/sysctl.h>
 static bool runs_neon(void) { return true; /* every Apple processor of this architecture has them */ }
+static bool runs_neon_i8mm(void) {
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, NULL, 0) == 0 && has;
+}
 #endif
 
 typedef struct candidate {
@@ -45,6 +52,7 @@ static const candidate candidates[] = {
 #endif
     {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2, pl_exp_sum_avx2}},
 #elif defined(__aarch64__)
+    {runs_neon_i8mm, {"neon_i8mm", &pl_kernels_neon_i8mm, &pl_attention_neon_i8mm, pl_exp_sum_neon}},
     {runs_neon, {"neon", &pl_kernels_neon, &pl_attention_neon, pl_exp_sum_neon}},
 #endif
     {runs_anywhere, {"scalar", &pl_kernels_scalar, &pl_attention_scalar, pl_exp_sum_scalar}},

@@ -58,7 +58,7 @@ extern const pl_kernels pl_kernels_scalar;
 #if defined(__x86_64__)
 extern const pl_kernels pl_kernels_avx2, pl_kernels_avx_vnni, pl_kernels_avx512;
 #elif defined(__aarch64__)
-extern const pl_kernels pl_kernels_neon;
+extern const pl_kernels pl_kernels_neon, pl_kernels_neon_i8mm;
 #endif
 
 #include "attention_kernels.h"
