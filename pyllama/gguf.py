@@ -323,14 +323,10 @@ class GGUFFile:
         info = self.tensors[name]
         return self._data[info.offset : info.offset + info.n_bytes]
 
-    def release(self, name: str) -> None:
-        """Says that the tensor's bytes are not needed any more, so that its pages need not stay in memory."""
-        if self._mapping is None or not hasattr(mmap_module, "MADV_DONTNEED"):
-            return
-        info, page = self.tensors[name], mmap_module.PAGESIZE
-        first, last = -(-info.offset // page) * page, (info.offset + info.n_bytes) // page * page
-        if last > first:
-            self._mapping.madvise(mmap_module.MADV_DONTNEED, first, last - first)
+    @property
+    def is_mapped(self) -> bool:
+        """Is the file mapped, rather than read into memory?"""
+        return self._mapping is not None
 
 
 def _describe(value: Any) -> str:

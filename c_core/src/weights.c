@@ -6,6 +6,11 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 /* ---- arenas -------------------------------------------------------------------------------------------------------- */
 
@@ -72,14 +77,16 @@ typedef struct place {
     int64_t head, line, codes;
 } place;
 
-static place place_of(const pl_format *f, int64_t group) {
-    const int64_t in_line = pl_line_groups(f->scales), code_bytes = pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
-    const int64_t line_bytes = PL_LINE_BYTES + in_line * code_bytes;
-    const int64_t heads = pl_has_heads(f->scales) ? group / PL_HEAD_GROUPS + 1 : 0;
-    const int64_t line = group / in_line * line_bytes + heads * PL_LINE_BYTES;
-    const int64_t lines_since_head = group % PL_HEAD_GROUPS / in_line;
+static inline place place_of(const pl_format *f, int64_t group) {
+    /* One or two groups to a line: shifts, since divisions would take longer than a group. */
+    const int shift = pl_line_groups(f->scales) - 1;
+    const int64_t code_bytes = pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
+    const int64_t line_bytes = PL_LINE_BYTES + (code_bytes << shift);
+    const int64_t heads = pl_has_heads(f->scales) ? (int64_t)((uint64_t)group / PL_HEAD_GROUPS) + 1 : 0;
+    const int64_t line = (group >> shift) * line_bytes + heads * PL_LINE_BYTES;
+    const int64_t lines_since_head = (int64_t)((uint64_t)group % PL_HEAD_GROUPS) >> shift;
     return (place){line - lines_since_head * line_bytes - PL_LINE_BYTES, line,
-                   line + PL_LINE_BYTES + group % in_line * code_bytes};
+                   line + PL_LINE_BYTES + (group & shift) * code_bytes};
 }
 
 static void lay_out(pl_weight *w) {
@@ -210,18 +217,41 @@ static inline void load_lanes(const rows *source, int offset, lanes out) {
     EACH_LANE { memcpy(&out[lane], source->at[lane] + offset, 4); }
 }
 
+/* 16 bytes of each row. */
+static inline void load_four(const rows *source, int offset, lanes out[4]) {
+#if defined(__SSE2__)
+    for (int row = 0; row < PL_PANEL_ROWS; row += 4) { /* what compilers make of the loop below takes three times as long */
+        __m128i r[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm_loadu_si128((const __m128i *)(source->at[row + i] + offset));
+        }
+        const __m128i low01 = _mm_unpacklo_epi32(r[0], r[1]), low23 = _mm_unpacklo_epi32(r[2], r[3]);
+        const __m128i high01 = _mm_unpackhi_epi32(r[0], r[1]), high23 = _mm_unpackhi_epi32(r[2], r[3]);
+        _mm_storeu_si128((__m128i *)&out[0][row], _mm_unpacklo_epi64(low01, low23));
+        _mm_storeu_si128((__m128i *)&out[1][row], _mm_unpackhi_epi64(low01, low23));
+        _mm_storeu_si128((__m128i *)&out[2][row], _mm_unpacklo_epi64(high01, high23));
+        _mm_storeu_si128((__m128i *)&out[3][row], _mm_unpackhi_epi64(high01, high23));
+    }
+#else
+    for (int i = 0; i < 4; i++) {
+        load_lanes(source, offset + 4 * i, out[i]);
+    }
+#endif
+}
+
 /* Shifted and masked bits of 32 bytes. */
 static inline void load_bits(const rows *source, int offset, int shift, uint32_t mask, lanes codes[8]) {
+    load_four(source, offset, codes);
+    load_four(source, offset + 16, codes + 4);
     for (int i = 0; i < 8; i++) {
-        load_lanes(source, offset + 4 * i, codes[i]);
         EACH_LANE { codes[i][lane] = codes[i][lane] >> shift & mask; }
     }
 }
 
 /* The nibbles of 16 bytes: the low ones come first. */
 static inline void load_nibbles(const rows *source, int offset, lanes codes[8]) {
+    load_four(source, offset, codes);
     for (int i = 0; i < 4; i++) {
-        load_lanes(source, offset + 4 * i, codes[i]);
         EACH_LANE {
             codes[i + 4][lane] = codes[i][lane] >> 4 & 0x0f0f0f0fu;
             codes[i][lane] &= 0x0f0f0f0fu;
@@ -231,10 +261,11 @@ static inline void load_nibbles(const rows *source, int offset, lanes codes[8]) 
 
 /* Adds `mask`ed bits of other bytes above those in `codes`: 32 bytes, of which each has the bits of several groups. */
 static inline void add_bits(const rows *source, int offset, int shift, uint32_t mask, int above, lanes codes[8]) {
+    lanes bits[8];
+    load_four(source, offset, bits);
+    load_four(source, offset + 16, bits + 4);
     for (int i = 0; i < 8; i++) {
-        lanes bits;
-        load_lanes(source, offset + 4 * i, bits);
-        EACH_LANE { codes[i][lane] |= (bits[lane] >> shift & mask) << above; }
+        EACH_LANE { codes[i][lane] |= (bits[i][lane] >> shift & mask) << above; }
     }
 }
 
@@ -334,9 +365,7 @@ static inline void load_factors(int32_t type, const rows *source, lanes factors[
     switch (type) {
     case PL_Q2_K:
     case PL_Q6_K:
-        for (int i = 0; i < 4; i++) {
-            load_lanes(source, (type == PL_Q2_K ? 0 : 192) + 4 * i, factors[i]);
-        }
+        load_four(source, type == PL_Q2_K ? 0 : 192, factors);
         return;
     case PL_Q3_K:
         for (int i = 0; i < 3; i++) {
@@ -420,7 +449,12 @@ void pl_relay_panel(pl_weight *w, const uint8_t *data, int64_t panel) {
         return;
     }
     const int groups_per_block = f->block_elements / PL_GROUP;
+    const uint8_t *ahead = source.at[0] + PL_PANEL_ROWS * row_bytes, *end = data + w->n_rows * row_bytes;
     for (int64_t group = 0; group < w->n_cols / PL_GROUP; group += groups_per_block) {
+        /* The next panel's rows, one after the other: sixteen rows side by side are more than processors fetch ahead. */
+        for (int64_t i = 0; i < PL_PANEL_ROWS * f->block_bytes && ahead < end; i += 64, ahead += 64) {
+            __builtin_prefetch(ahead);
+        }
         for (int g = 0; g < groups_per_block; g++) {
             lanes codes[8];
             load_codes(f->type, &source, g, codes);
@@ -496,6 +530,33 @@ PL_API pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, i
     relay_job job = {.w = w, .data = data};
     pl_pool_run(pool, 0, relay, &job);
     return w;
+}
+
+typedef struct release_job {
+    uint8_t *first, *last;
+    atomic_int next;
+} release_job;
+
+static void release(void *context, const pl_member *member) {
+    enum { PIECE = 4 << 20 };
+    (void)member;
+    release_job *job = context;
+    for (;;) {
+        const int64_t at = (int64_t)pl_claim(&job->next) * PIECE, left = job->last - job->first - at;
+        if (left <= 0) {
+            return;
+        }
+        madvise(job->first + at, (size_t)PL_MIN(PIECE, left), MADV_DONTNEED);
+    }
+}
+
+PL_API void pl_release_mapping(const void *data, int64_t n_bytes, pl_pool *pool) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)data, end = begin + (uintptr_t)n_bytes;
+    const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+    if (first < last) {
+        release_job job = {.first = (uint8_t *)first, .last = (uint8_t *)last};
+        pl_pool_run(pool, 0, release, &job);
+    }
 }
 
 PL_API void pl_weight_free(pl_weight *w) {

@@ -96,7 +96,8 @@ class Weights:
             lib.pl_weight_new, lib.pl_weight_free,
             self.arena, info.type, rows, cols, pointer, info.n_bytes, self._pool.handle,
         )  # fmt: skip
-        self._gguf.release(info.name)
+        if self._gguf.is_mapped:
+            lib.pl_release_mapping(pointer, info.n_bytes, self._pool.handle)
         return Matrix(info.name, rows, cols, info.type in _FLOAT_TYPES, handle)
 
     def layer(self, index: int) -> _Layer:
