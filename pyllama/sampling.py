@@ -330,8 +330,8 @@ class Sampler:
 
     @property
     def core(self) -> ffi.CData | None:
-        """The ``pl_sampling *`` with which the core can choose several tokens on its own; None when choosing takes more: a
-        grammar, or something that is told about each token."""
+        """The ``pl_sampling *``, valid as long as this object, with which the core can choose several tokens on its own; None
+        when choosing takes more: a grammar, or something that is told about each token."""
         return self._core if self._matcher is None and not self._n_probs else None
 
     def take_randoms(self, n: int) -> list[float]:

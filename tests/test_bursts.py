@@ -98,8 +98,8 @@ def test_nothing_to_choose_from() -> None:
 
 def test_nothing_to_choose_from_in_the_core(model: Model) -> None:
     biases = tuple((token, -np.inf) for token in range(model.tokenizer.n_vocab))
-    sampling = Sampler(SamplingParams(logit_bias=biases), model.tokenizer, (), 64).core
-    assert model.generate([SequenceInput([3], 0, [0], 1)], [sampling], [0.5] * 4, ()) == [-1]
+    sampler = Sampler(SamplingParams(logit_bias=biases), model.tokenizer, (), 64)
+    assert model.generate([SequenceInput([3], 0, [0], 1)], [sampler.core], [0.5] * 4, ()) == [-1]
 
 
 def test_numbers_that_were_not_used_come_again() -> None:
@@ -115,8 +115,7 @@ def test_numbers_that_were_not_used_come_again() -> None:
 
 
 def test_what_the_core_refuses(model: Model) -> None:
-    vocabulary = model.tokenizer
-    sampling = Sampler(SamplingParams(), vocabulary, (), 64).core
+    sampler = Sampler(SamplingParams(), model.tokenizer, (), 64)
     two_tokens = SequenceInput([3, 4], 0, [0], 2)
     for inputs, randoms, words in (
         ([two_tokens], [0.5] * 3, "one new token"),
@@ -125,7 +124,7 @@ def test_what_the_core_refuses(model: Model) -> None:
         ([SequenceInput([3], 30, [0], 1)], [0.5] * 3, "do not fit into 1 blocks"),
     ):
         with pytest.raises(CoreError, match=words):
-            model.generate(inputs, [sampling] * len(inputs), randoms, ())
+            model.generate(inputs, [sampler.core] * len(inputs), randoms, ())
     large = ffi.new("pl_sampling *", {"n_vocab": model.hp.n_vocab + 1})
     with pytest.raises(CoreError, match="a vocabulary of"):
         model.generate([SequenceInput([3], 0, [0], 1)], [large], [0.5], ())

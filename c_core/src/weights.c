@@ -220,7 +220,7 @@ static inline void load_lanes(const rows *source, int offset, lanes out) {
 /* 16 bytes of each row. */
 static inline void load_four(const rows *source, int offset, lanes out[4]) {
 #if defined(__SSE2__)
-    for (int row = 0; row < PL_PANEL_ROWS; row += 4) { /* what compilers make of the loop below takes three times as long */
+    for (int row = 0; row < PL_PANEL_ROWS; row += 4) { /* compilers make something slower of the loop below */
         __m128i r[4];
         for (int i = 0; i < 4; i++) {
             r[i] = _mm_loadu_si128((const __m128i *)(source->at[row + i] + offset));
