@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -147,6 +148,17 @@ def test_table_of_a_comparison():
     rows = [{**ours, "fraction": 0.25}, {**theirs, "fraction": 0.125}]
     text = module["table"]({"model": "m.gguf", "machine": machine, "rows": rows})
     assert "2.00 x" in text.splitlines()[-1] and "12 %" in text.splitlines()[-1]
+
+
+def test_contention(llama):
+    """Generation beside busy loops: a line for each number of them."""
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "contention.py"
+    options = f"-m {llama} -t 2 --turns 1 --seconds 0.1".split()
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [int(row[0]) for row in rows] == sorted({0, 1, os.cpu_count() // 2, os.cpu_count()})
+    assert all(float(row[1]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("mixture", ["Q4_0", "Q4_1", "Q8_0", "Q4_K_M"])
