@@ -128,6 +128,15 @@ INLINE floats polynomial(floats x) {
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
+/* Lane by lane; b where a is no number. */
+INLINE floats larger(floats a, floats b) {
+#ifdef LARGER
+    return LARGER(a, b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
 /* 2^(x - exponent) for a whole exponent, which the bits of the fraction do not depend on; 0 far below. */
 INLINE floats power_of_two(floats x, float exponent) {
 #ifdef SCALE
@@ -324,15 +333,33 @@ static void score_blocks(int32_t n, const float *q, const pl_attention_span *spa
 
 /* ---- weights of a span --------------------------------------------------------------------------------------------- */
 
+/* Stores the weights of vectors v and v + 1 in the order of tokens, as pairs in the first half of the room or as they are. */
+INLINE void store_weights(bool as_pairs, float *s, int32_t v, floats a, floats b) {
+#ifdef PAIRS
+    if (as_pairs) {
+        store(s + v / 2 * LANES, NEIGHBOURS(a, b));
+        return;
+    }
+#endif
+    (void)as_pairs;
+    store(s + v * LANES, a);
+    store(s + (v + 1) * LANES, b);
+}
+
 /* The softmax of row r as it goes on: the scores of the span's vectors [begin, end) become weights, 0 where the row does not look.
  * Returns by how much what was summed before shrinks. */
-INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, int32_t to, int32_t begin, int32_t end) {
+INLINE float soften(bool as_pairs, pl_attention_rows *rows, int32_t r, float *s, int32_t from, int32_t to, int32_t begin,
+                    int32_t end) {
     if (from >= to) {
         memset(s, 0, sizeof(float) * PL_SPAN_TOKENS);
         return 1.0f;
     }
     floats largest = all(-INFINITY);
-    for (int32_t v = begin; v < end; v++) {
+    const bool all_as_they_are = from <= begin * LANES && to >= end * LANES && rows->softcap == 0;
+    for (int32_t v = begin; v < end && all_as_they_are; v++) {
+        largest = larger(load(s + v * LANES), largest);
+    }
+    for (int32_t v = begin; v < end && !all_as_they_are; v++) {
         floats x = load(s + v * LANES);
         if (rows->softcap != 0) {
             x = cap_softly(x, rows->softcap);
@@ -341,7 +368,7 @@ INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, 
             const ints token = numbers_from(v * LANES);
             x = choose((token >= from) & (token < to), x, all(-INFINITY));
         }
-        largest = choose(x > largest, x, largest);
+        largest = larger(x, largest);
         store(s + v * LANES, x);
     }
     const float here = LARGEST(largest) * LOG2_E;
@@ -351,23 +378,17 @@ INLINE float soften(pl_attention_rows *rows, int32_t r, float *s, int32_t from, 
         rows->exponent[r] = rintf(here);
     }
     floats sum = load(rows->sum + r * PL_LANES) * all(shrink);
-    for (int32_t v = begin; v < end; v++) {
-        const floats p = power_of_two(load(s + v * LANES) * all(LOG2_E), rows->exponent[r]);
-        sum += p;
-        store(s + v * LANES, p);
+    const float exponent = rows->exponent[r];
+    for (int32_t v = begin; v < end; v += 2) { /* a block is two vectors or more */
+        const floats a = power_of_two(load(s + v * LANES) * all(LOG2_E), exponent);
+        const floats b = power_of_two(load(s + (v + 1) * LANES) * all(LOG2_E), exponent);
+        sum += a;
+        sum += b;
+        store_weights(as_pairs, s, v, a, b);
     }
     store(rows->sum + r * PL_LANES, sum);
     return shrink;
 }
-
-#ifdef PAIRS
-/* Weights in the order of tokens as pairs, in place. */
-INLINE void pair_up(float *p, int32_t n_vectors) {
-    for (int32_t v = 0; v < n_vectors; v += 2) {
-        store(p + v / 2 * LANES, NEIGHBOURS(load(p + v * LANES), load(p + (v + 1) * LANES)));
-    }
-}
-#endif
 
 /* ---- weighted sums ------------------------------------------------------------------------------------------------- */
 
@@ -586,13 +607,10 @@ static void take_span(pl_attention_rows *rows, const pl_attention_span *span) {
         score_blocks(n, rows->packed_q + r * width, span, rows->head_dim, begin, end, p);
         for (int32_t i = 0; i < n; i++) {
             float *own = p + i * PL_SPAN_TOKENS;
-            shrink[i] =
-                soften(rows, r + i, own, span->from[r + i], span->to[r + i], BLOCK_VECTORS * begin, BLOCK_VECTORS * end);
-#ifdef PAIRS
-            if (in_pairs(span->value_type)) {
-                pair_up(own, BLOCK_VECTORS * end);
-            }
-#endif
+            const int32_t from = span->from[r + i], to = span->to[r + i];
+            shrink[i] = in_pairs(span->value_type)
+                            ? soften(true, rows, r + i, own, from, to, BLOCK_VECTORS * begin, BLOCK_VECTORS * end)
+                            : soften(false, rows, r + i, own, from, to, BLOCK_VECTORS * begin, BLOCK_VECTORS * end);
         }
         weigh_span(n, p, span, rows->head_dim, first, last, shrink, rows->total + r * width);
     }
