@@ -524,6 +524,12 @@ INLINE __m512 exp_ps(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* 1 / x within some units of the last place: a step of Newton's method on 14 right bits. A fifth of a division's time. */
+INLINE __m512 inverse(__m512 x) {
+    const __m512 guess = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));
+}
+
 /* Both activations are gate times a logistic function: silu of gate itself; gelu's 0.5 (1 + tanh z) is logistic(2z). */
 static void glu(int32_t activation, const float *gate, const float *up, int32_t n, float *y) {
     const __m512 one = _mm512_set1_ps(1.0f);
@@ -536,7 +542,7 @@ static void glu(int32_t activation, const float *gate, const float *up, int32_t 
             z = _mm512_mul_ps(_mm512_mul_ps(g, cubic), _mm512_set1_ps(2 * 0.79788456f));
         }
         const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), z));
-        const __m512 v = _mm512_div_ps(_mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i)), _mm512_add_ps(one, e));
+        const __m512 v = _mm512_mul_ps(_mm512_mul_ps(g, _mm512_maskz_loadu_ps(mask, up + i)), inverse(_mm512_add_ps(one, e)));
         _mm512_mask_storeu_ps(y + i, mask, v);
     }
 }
