@@ -70,11 +70,12 @@ def test_peaks_are_the_largest_logits(tmp_path: Path, n_specials: int, more: dic
         np.testing.assert_array_equal(model.peaks[:outputs], padded.reshape(outputs, -1, 32).max(axis=2))
 
 
+@pytest.mark.parametrize("quant", ["F32", "F16", "Q8_0"])
 @pytest.mark.parametrize("make", [tiny_models.make_llama, tiny_models.make_gemma3])
-def test_the_division_into_runs_changes_no_bit(make: Callable[..., None], tmp_path: Path) -> None:
-    """Quantized weights and halves in the cache: what a token gets must not depend on how many others are in its run."""
+def test_the_division_into_runs_changes_no_bit(make: Callable[..., None], quant: str, tmp_path: Path) -> None:
+    """What a token gets must not depend on how many others are in its run."""
     path = tmp_path / "tiny.gguf"
-    make(path, n_embd=64, n_ff=128, quant="Q8_0")
+    make(path, n_embd=64, n_ff=128, quant=quant)
     model = load(path, n_ctx=256)
     tokens = (TOKENS * 3)[:120]
     blocks = blocks_for(len(tokens))
@@ -116,16 +117,24 @@ def continuation(model: Model, tokens: list[int], n_past: int, sizes: list[int],
 
 
 @pytest.mark.parametrize(
-    ("cpu", "kv_type"), [("", "f16"), ("", "q8_0"), ("avx2", "f16"), ("avx2", "q8_0"), ("scalar", "f16")]
+    ("cpu", "kv_type", "quant"),
+    [
+        ("", "f16", "Q8_0"),
+        ("", "q8_0", "Q8_0"),
+        ("", "f16", "F16"),
+        ("avx2", "f16", "F16"),
+        ("avx2", "q8_0", "Q8_0"),
+        ("scalar", "f16", "Q8_0"),
+    ],
 )
 @pytest.mark.parametrize("make", [tiny_models.make_llama, partial(tiny_models.make_gemma3, n_layer=6, sliding_window=600)])
 def test_far_into_a_context_nothing_that_runs_beside_changes_a_bit(
-    make: Callable[..., None], kv_type: str, cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., None], cpu: str, kv_type: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone, in steps of guessed tokens, beside other sequences, with any number of threads; with windows and without."""
     monkeypatch.setenv("PYLLAMA_CPU", cpu)
     path = tmp_path / "tiny.gguf"
-    make(path, n_embd=128, quant="Q8_0")
+    make(path, n_embd=128, quant=quant)
     tokens = [3 + (i * i + 7 * i) % 241 for i in range(1040 if cpu != "scalar" else 530)]
     n = len(tokens) - 20
     expected = None

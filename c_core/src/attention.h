@@ -1,10 +1,12 @@
 /*
  * attention.h - causal attention of a batch's new tokens over their sequences' blocks.
  *
- * Rows (a new token and a head) of one key/value head share every load of K and V. A row keeps a running maximum, sum and
+ * Rows (a new token and a head) of one key/value head share every load of K and V. A row keeps an exponent, a sum and a
  * weighted sum of V over spans of blocks (online softmax: Milakov and Gimelshein 2018; Dao et al. 2022), so no row of scores
- * is ever stored. A long context with few new tokens is split into chunks of blocks that the team shares, and their parts are
- * joined afterwards.
+ * is ever stored. A context is summed in chunks, whose borders are the same positions for every row, and the sums are joined
+ * from first to last. A team that has few rows to share shares a row's chunks. So what a row gets depends on its position
+ * alone: neither on the rows beside it nor on the number of threads, to the last bit. (But for long pieces of prompts, past
+ * the first chunk, where the processor has bfloat16 products.)
  */
 #ifndef PL_ATTENTION_H
 #define PL_ATTENTION_H

@@ -248,17 +248,20 @@ INLINE __m256 float_column(int type, const uint8_t *panel, int64_t at) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-/* `chains` independent accumulators a lane and half hide the latency of the multiply-add when there are few lanes. */
-INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
+/* So many independent accumulators a lane and half hide the latency of the multiply-add when there is one lane; with more,
+ * they are the same, so that a row's sums are. */
+enum { CHAINS = 2 };
+
+INLINE void product_float_n(int type, int lanes, int64_t columns, const uint8_t *panel, const float *x,
                             int64_t stride, float *out, int64_t out_stride) {
-    __m256 total[8];
-#pragma GCC unroll 8
-    for (int t = 0; t < 2 * lanes * chains; t++) {
+    __m256 total[12];
+#pragma GCC unroll 12
+    for (int t = 0; t < 2 * lanes * CHAINS; t++) {
         total[t] = _mm256_setzero_ps();
     }
-    for (int64_t c = 0; c < columns; c += chains) {
+    for (int64_t c = 0; c < columns; c += CHAINS) {
 #pragma GCC unroll 4
-        for (int chain = 0; chain < chains; chain++) {
+        for (int chain = 0; chain < CHAINS; chain++) {
             if (c + chain >= columns) {
                 break;
             }
@@ -273,10 +276,10 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
             }
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < 2 * lanes; i++) {
 #pragma GCC unroll 4
-        for (int chain = 1; chain < chains; chain++) {
+        for (int chain = 1; chain < CHAINS; chain++) {
             total[i] = _mm256_add_ps(total[i], total[chain * 2 * lanes + i]);
         }
         _mm256_storeu_ps(out + i % lanes * out_stride + i / lanes * HALF_ROWS, total[i]);
@@ -285,14 +288,11 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
 
 INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
                                float *out, int64_t out_stride) {
-    while (n >= 4) {
-        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out, out_stride);
-        x += 4 * stride;
-        out += 4 * out_stride;
-        n -= 4;
+    for (; n >= 3; n -= 3, x += 3 * stride, out += 3 * out_stride) {
+        product_float_n(type, 3, w->n_cols, panel, x, stride, out, out_stride);
     }
     for (; n > 0; n--, x += stride, out += out_stride) {
-        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out, out_stride);
+        product_float_n(type, 1, w->n_cols, panel, x, stride, out, out_stride);
     }
 }
 

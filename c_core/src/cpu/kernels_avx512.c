@@ -216,17 +216,20 @@ static pl_panel_product product_for(const pl_format *format, int32_t lanes, int3
     return by_type[format->type][panels - 1][lanes - 1];
 }
 
-/* `chains` independent accumulators a lane hide the latency of the multiply-add when there are few lanes. */
-INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
+/* So many independent accumulators a lane hide the latency of the multiply-add when there are few lanes; with many, they are
+ * the same, so that a row's sums are. */
+enum { CHAINS = 4 };
+
+INLINE void product_float_n(int type, int lanes, int64_t columns, const uint8_t *panel, const float *x,
                             int64_t stride, float *out, int64_t out_stride) {
-    __m512 total[2 * PL_MAX_LANES];
-#pragma GCC unroll 12
-    for (int t = 0; t < lanes * chains; t++) {
+    __m512 total[CHAINS * PL_MAX_LANES];
+#pragma GCC unroll 24
+    for (int t = 0; t < lanes * CHAINS; t++) {
         total[t] = _mm512_setzero_ps();
     }
-    for (int64_t c = 0; c < columns; c += chains) {
+    for (int64_t c = 0; c < columns; c += CHAINS) {
 #pragma GCC unroll 4
-        for (int chain = 0; chain < chains; chain++) {
+        for (int chain = 0; chain < CHAINS; chain++) {
             if (c + chain >= columns) {
                 break;
             }
@@ -242,31 +245,31 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
             }
 #pragma GCC unroll 12
             for (int t = 0; t < lanes; t++) {
-                total[t * chains + chain] =
-                    _mm512_fmadd_ps(u, _mm512_set1_ps(x[t * stride + c + chain]), total[t * chains + chain]);
+                __m512 *to = &total[t * CHAINS + chain];
+                *to = _mm512_fmadd_ps(u, _mm512_set1_ps(x[t * stride + c + chain]), *to);
             }
         }
     }
 #pragma GCC unroll 12
     for (int t = 0; t < lanes; t++) {
 #pragma GCC unroll 4
-        for (int chain = 1; chain < chains; chain++) {
-            total[t * chains] = _mm512_add_ps(total[t * chains], total[t * chains + chain]);
+        for (int chain = 1; chain < CHAINS; chain++) {
+            total[t * CHAINS] = _mm512_add_ps(total[t * CHAINS], total[t * CHAINS + chain]);
         }
-        _mm512_storeu_ps(out + t * out_stride, total[t * chains]);
+        _mm512_storeu_ps(out + t * out_stride, total[t * CHAINS]);
     }
 }
 
 INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
                                float *out, int64_t out_stride) {
     for (; n >= 6; n -= 6, x += 6 * stride, out += 6 * out_stride) {
-        product_float_n(type, 6, 2, w->n_cols, panel, x, stride, out, out_stride);
+        product_float_n(type, 6, w->n_cols, panel, x, stride, out, out_stride);
     }
     for (; n >= 2; n -= 2, x += 2 * stride, out += 2 * out_stride) {
-        product_float_n(type, 2, 4, w->n_cols, panel, x, stride, out, out_stride);
+        product_float_n(type, 2, w->n_cols, panel, x, stride, out, out_stride);
     }
     if (n) {
-        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out, out_stride);
+        product_float_n(type, 1, w->n_cols, panel, x, stride, out, out_stride);
     }
 }
 

@@ -304,17 +304,20 @@ INLINE float32x4_t float_column(int type, const uint8_t *panel, int64_t at) {
     return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(panel + 2 * at)), 16));
 }
 
-/* `chains` independent accumulators a lane and quarter hide the latency of the multiply-add when there are few lanes. */
-INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, const uint8_t *panel, const float *x,
+/* So many independent accumulators a lane and quarter hide the latency of the multiply-add when there is one lane; with more,
+ * they are the same, so that a row's sums are. */
+enum { CHAINS = 2 };
+
+INLINE void product_float_n(int type, int lanes, int64_t columns, const uint8_t *panel, const float *x,
                             int64_t stride, float *out, int64_t out_stride) {
-    float32x4_t total[16];
-#pragma GCC unroll 16
-    for (int t = 0; t < 4 * lanes * chains; t++) {
+    float32x4_t total[24];
+#pragma GCC unroll 24
+    for (int t = 0; t < 4 * lanes * CHAINS; t++) {
         total[t] = vdupq_n_f32(0);
     }
-    for (int64_t c = 0; c < columns; c += chains) {
+    for (int64_t c = 0; c < columns; c += CHAINS) {
 #pragma GCC unroll 4
-        for (int chain = 0; chain < chains; chain++) {
+        for (int chain = 0; chain < CHAINS; chain++) {
             if (c + chain >= columns) {
                 break;
             }
@@ -329,10 +332,10 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
             }
         }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int i = 0; i < 4 * lanes; i++) {
 #pragma GCC unroll 4
-        for (int chain = 1; chain < chains; chain++) {
+        for (int chain = 1; chain < CHAINS; chain++) {
             total[i] = vaddq_f32(total[i], total[chain * 4 * lanes + i]);
         }
         vst1q_f32(out + i % lanes * out_stride + i / lanes * QUARTER_ROWS, total[i]);
@@ -341,14 +344,11 @@ INLINE void product_float_n(int type, int lanes, int chains, int64_t columns, co
 
 INLINE void product_float_type(int type, const pl_weight *w, const uint8_t *panel, const float *x, int64_t stride, int32_t n,
                                float *out, int64_t out_stride) {
-    while (n >= 4) {
-        product_float_n(type, 4, 1, w->n_cols, panel, x, stride, out, out_stride);
-        x += 4 * stride;
-        out += 4 * out_stride;
-        n -= 4;
+    for (; n >= 3; n -= 3, x += 3 * stride, out += 3 * out_stride) {
+        product_float_n(type, 3, w->n_cols, panel, x, stride, out, out_stride);
     }
     for (; n > 0; n--, x += stride, out += out_stride) {
-        product_float_n(type, 1, 4, w->n_cols, panel, x, stride, out, out_stride);
+        product_float_n(type, 1, w->n_cols, panel, x, stride, out, out_stride);
     }
 }
 
