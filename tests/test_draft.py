@@ -82,7 +82,7 @@ def total(ends: list[Done]) -> tuple[int, int]:
 @pytest.mark.parametrize("draft_name", ["target.gguf", "random.gguf"])
 @pytest.mark.parametrize("n_lookup", [0, 3])
 def test_answers_are_the_same_with_and_without(folder, draft_name, n_lookup) -> None:
-    """One request at a time: how prompts that meet are cut into chunks depends on the clock, and so do last bits."""
+    """One request at a time."""
     requests = random_requests(7)
     expected, _ = answers(folder, requests, None)
     got, ends = answers(folder, requests, draft_name, n_lookup=n_lookup)

@@ -161,7 +161,7 @@ static void attend_chunk(const pl_attention_args *a, const tile *t, int32_t chun
 static void join(const pl_attention_args *a, const tile *t, int32_t chunk, int32_t from, int32_t to, pl_attention_rows *whole,
                  const pl_attention_rows *part) {
     const int64_t group = a->n_head / a->kv->n_head_kv;
-    const int64_t first = chunk * CHUNK_BLOCKS * PL_BLOCK_TOKENS - position_of(t, 0); /* token whose position is the chunk's first */
+    const int64_t first = (int64_t)chunk * CHUNK_BLOCKS * PL_BLOCK_TOKENS - position_of(t, 0); /* token at the chunk's start */
     const int64_t end = first + CHUNK_BLOCKS * PL_BLOCK_TOKENS + a->window - 1; /* ... from which on windows begin later */
     from = (int32_t)PL_MAX(from, first * group);
     to = a->window ? (int32_t)PL_MIN(to, end * group) : to;
@@ -182,7 +182,7 @@ static void attend(const pl_attention_args *a, const tile *t, const workspace *w
     /* Quantized V is rounded on its way to pairs, which it is not for few tokens. So that a token's result does not depend on how
      * many come with it in the shorter contexts, in which most answers are written, this is for the longer ones. */
     const bool may_widen_values = k->wide_type == PL_KV_F32 || kv->value_type == PL_KV_F16 ||
-                                  position_of(t, 0) >= CHUNK_BLOCKS * PL_BLOCK_TOKENS;
+                                  t->s->n_past >= CHUNK_BLOCKS * PL_BLOCK_TOKENS; /* of the piece: tiles differ with the threads */
     pl_attention_span span = {
         .key_type = n >= k->widen_keys_from[kv->key_type] ? k->wide_type : kv->key_type,
         .value_type = may_widen_values && n >= k->widen_values_from[kv->value_type] ? k->wide_type : kv->value_type,

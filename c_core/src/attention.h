@@ -5,8 +5,8 @@
  * weighted sum of V over spans of blocks (online softmax: Milakov and Gimelshein 2018; Dao et al. 2022), so no row of scores
  * is ever stored. A context is summed in chunks, whose borders are the same positions for every row, and the sums are joined
  * from first to last. A team that has few rows to share shares a row's chunks. So what a row gets depends on its position
- * alone: neither on the rows beside it nor on the number of threads, to the last bit. (But for long pieces of prompts, past
- * the first chunk, where the processor has bfloat16 products.)
+ * alone: neither on the rows beside it nor on the number of threads, to the last bit. (The exception is quantized V past the
+ * first chunk: where the processor has bfloat16 products, long pieces of prompts use them.)
  */
 #ifndef PL_ATTENTION_H
 #define PL_ATTENTION_H
