@@ -3,8 +3,9 @@
     python benchmarks/compare.py -m model.gguf --work p512 n64 n64@7000 n64x8 --plot speed.png
 
 Each turn of each engine is a process of its own, so that no engine's threads spin while another is measured. The figures are
-medians over all turns; limits are those of `pyllama.bench`, measured in pyllama's turns. Sampling is left out everywhere: each
-step evaluates a given token of each sequence and fetches its logits.
+medians over all turns. Limits are those of `pyllama.bench`, measured before and after each workload of each turn, since a shared
+machine's speed changes meanwhile. Sampling is left out everywhere: each step evaluates a given token of each sequence and fetches
+its logits.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
 from pyllama.bench import Costs, Machine, Workload, measure_machine  # noqa: E402
+from pyllama.core import ThreadPool  # noqa: E402
 
 DEFAULT_WORK = ("p512", "n64")
 _BATCH = 512
+_MEASURING_SECONDS = 0.25
 
 
 class Engine(Protocol):
@@ -63,9 +66,6 @@ class Pyllama:
             used = -(-(past + len(chunk)) // self._block_tokens)
             firsts = [i * self._n_blocks for i in range(n_sequences)]
             self.model.run([SequenceInput(chunk, past, range(first, first + used), int(is_last)) for first in firsts])
-
-    def measure(self) -> dict[str, Any]:
-        return asdict(measure_machine(self.model.pool, self.model.n_threads, seconds=0.5))
 
     def costs(self) -> dict[str, Any]:
         return asdict(Costs.of(self.model))
@@ -186,19 +186,23 @@ ENGINES: dict[str, tuple[str, Callable[[str, int, int, int], Engine]]] = {
 
 
 def turn(args: argparse.Namespace) -> None:
-    """One turn of one engine on one model, in this process. Prints a line of JSON for each workload, with its rates, and one
-    with what pyllama's steps cost at least and what the machine can do: a peer that crashes loses only what comes after."""
+    """One turn of one engine on one model, in this process. Prints a line of JSON for each workload, with its rates and what the
+    machine could do before and after, and one with what pyllama's steps cost at least: a peer that crashes loses only what comes
+    after."""
     import numpy as np
 
     positions = max(work.depth + max(work.n_prompt, work.n_generate) for work in args.work)
     n_sequences = max(work.n_sequences for work in args.work)
     engine = ENGINES[args.turn][1](str(args.model[0]), positions, n_sequences, args.threads)
     tokens = np.random.default_rng(0).integers(0, engine.n_vocab, positions).tolist()
-    machines = [engine.measure()] if isinstance(engine, Pyllama) else []
+    pool = ThreadPool(args.threads)
+    machines = [measure_machine(pool, args.threads, _MEASURING_SECONDS)]
     for work in args.work:
-        print(json.dumps({"rates": _rates(engine, work, tokens, args.repetitions)}), flush=True)
+        rates = _rates(engine, work, tokens, args.repetitions)
+        machines.append(measure_machine(pool, args.threads, _MEASURING_SECONDS))
+        print(json.dumps({"rates": rates, "machines": [asdict(m) for m in machines[-2:]]}), flush=True)
     if isinstance(engine, Pyllama):
-        print(json.dumps({"machines": [*machines, engine.measure()], "costs": engine.costs()}))
+        print(json.dumps({"costs": engine.costs()}))
 
 
 def _rates(engine: Engine, work: Workload, tokens: list[int], repetitions: int) -> list[float]:
@@ -237,52 +241,57 @@ def compare(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     for _ in range(args.turns):
         for name in engines:
             turns[name].append(turn_in_a_process(args, model, name))
-    ours = [t[-1] for t in turns.get("pyllama", [])]
-    machine = _best_machine([m for facts in ours for m in facts["machines"]])
-    costs = Costs(**ours[0]["costs"]) if ours else None
-    rows = []
+    costs = Costs(**turns["pyllama"][0][-1]["costs"]) if "pyllama" in turns else None
+    rows, machines = [], []
     for i, work in enumerate(args.work):
-        rates = {name: [rate for t in turns[name] if i < len(t) for rate in t[i]["rates"]] for name in engines}
-        limit, bound = costs.limit(machine, work, _BATCH) if costs and machine else (None, None)
         for name in engines:
-            if not rates[name]:
+            lines = [t[i] for t in turns[name] if i < len(t) and "rates" in t[i]]
+            if not lines:
                 print(f"{name} crashed before the end of: {work}", file=sys.stderr)
                 continue
-            rate = median(rates[name])
+            machines += [m for line in lines for m in line["machines"]]
+            limits = [costs.limit(_average(line["machines"]), work, _BATCH) for line in lines] if costs else []
+            rates = [rate for line in lines for rate in line["rates"]]
+            fractions = [rate / limit for line, (limit, _) in zip(lines, limits) for rate in line["rates"]]
             rows.append(
                 {
                     "work": str(work),
                     "engine": name,
-                    "tokens_per_second": rate,
-                    "min": min(rates[name]),
-                    "max": max(rates[name]),
-                    "ratio": median(rates["pyllama"]) / rate if "pyllama" in rates else None,
-                    "limit": limit,
-                    "bound": bound,
-                    "fraction": rate / limit if limit else None,
+                    "tokens_per_second": median(rates),
+                    "min": min(rates),
+                    "max": max(rates),
+                    "limit": median(limit for limit, _ in limits) if limits else None,
+                    "bound": limits[0][1] if limits else None,
+                    "fraction": median(fractions) if fractions else None,
                 }
             )
-    return {"model": model.name, "machine": asdict(machine) if machine else None, "rows": rows}
+    for row in rows:
+        ours = next((r for r in rows if (r["work"], r["engine"]) == (row["work"], "pyllama")), None)
+        row["ratio"] = ours["tokens_per_second"] / row["tokens_per_second"] if ours else None
+    return {"model": model.name, "machine": _summary(machines), "rows": rows}
 
 
-def _best_machine(measured: list[dict[str, Any]]) -> Machine | None:
-    """What the machine can do when nothing disturbs it: the best of all measurements."""
-    if not measured:
-        return None
-    best = {name: max(m[name] for m in measured) for name in ("read_gbps", "int8_gops")}
-    return Machine(**{**measured[0], **best})
+def _average(measured: list[dict[str, Any]]) -> Machine:
+    """What the machine could do while something ran: about what it did before and after."""
+    rates = {name: sum(m[name] for m in measured) / len(measured) for name in ("read_gbps", "int8_gops")}
+    return Machine(**{**measured[0], **rates})
+
+
+def _summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The machine, with the least and the most of each rate."""
+    ranges = {name: [f(m[name] for m in measured) for f in (min, max)] for name in ("read_gbps", "int8_gops")}
+    return {**measured[0], **ranges}
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
 def table(comparison: dict[str, Any]) -> str:
-    lines = [comparison["model"]]
-    if machine := comparison["machine"]:
-        lines[0] += (
-            f": {machine['cpu']}, {machine['n_threads']} threads, reads {machine['read_gbps']:.1f} GB/s,"
-            f" int8 {machine['int8_gops']:,.0f} Gop/s"
-        )
+    machine = comparison["machine"]
+    read, int8 = ("{:,.0f} to {:,.0f}".format(*machine[name]) for name in ("read_gbps", "int8_gops"))
+    lines = [
+        f"{comparison['model']}: {machine['cpu']}, {machine['n_threads']} threads, reads {read} GB/s, int8 {int8} Gop/s"
+    ]
     lines.append(f"{'':36}{'engine':18}{'tokens/s':>10}{'min':>10} – {'max':<10}{'ours is':>8}{'of limit':>10}")
     for row in comparison["rows"]:
         ratio = f"{row['ratio']:.2f} x" if row["ratio"] and row["engine"] != "pyllama" else ""

@@ -144,9 +144,10 @@ def test_table_of_a_comparison():
     module = runpy.run_path(str(COMPARE))
     row = {"work": "prompt 9", "tokens_per_second": 50.0, "min": 40.0, "max": 60.0, "limit": 200.0, "bound": "int8"}
     ours, theirs = {**row, "engine": "pyllama", "ratio": 1.0}, {**row, "engine": "other", "ratio": 2.0}
-    machine = {"cpu": "some", "n_threads": 2, "read_gbps": 10.0, "int8_gops": 100.0}
+    machine = {"cpu": "some", "n_threads": 2, "read_gbps": [9.6, 10.4], "int8_gops": [99.0, 1001.0]}
     rows = [{**ours, "fraction": 0.25}, {**theirs, "fraction": 0.125}]
     text = module["table"]({"model": "m.gguf", "machine": machine, "rows": rows})
+    assert "reads 10 to 10 GB/s, int8 99 to 1,001 Gop/s" in text
     assert "2.00 x" in text.splitlines()[-1] and "12 %" in text.splitlines()[-1]
 
 
