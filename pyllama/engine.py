@@ -32,6 +32,7 @@ __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "To
 _log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
+_MOST_GUESSED = 31  # 32 tokens of a sequence in a step get what they would get alone, to the last bit, whatever the cache's types
 _SCORED_AT_ONCE = 32  # tokens whose logits are in memory, which are many where the vocabulary is large
 
 
@@ -255,8 +256,8 @@ class Engine:
         model: the engine's alone from now on.
         n_slots: requests that are worked on at a time.
         continuous: let a new request join while others run; otherwise it waits until they have ended.
-        n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. A model that can run
-            ``n_slots * (1 + n_lookup)`` sequences has room for all of them.
+        n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. More than 31 are never
+            guessed.
         draft: guesses where there is nothing to look up; the engine's alone from now on, too.
 
     Raises:
@@ -495,7 +496,8 @@ class Engine:
         job: _Job = sequence.owner
         # A full context is going to be shifted, and then other tokens come before the guess.
         n_free = self.model.n_ctx - sequence.n_evaluated - 1
-        return min(n_free, job.request.n_predict - job.n_predicted - 1) if job.request.n_predict > 0 else n_free
+        n_wanted = job.request.n_predict - job.n_predicted - 1 if job.request.n_predict > 0 else n_free
+        return min(n_free, n_wanted, _MOST_GUESSED)
 
     def _look_up(self, sequence: Sequence) -> list[int]:
         job: _Job = sequence.owner
@@ -516,7 +518,7 @@ class Engine:
             sequence.guess, sequence.owner.guess_pace = guess, sequence.owner.draft_pace
 
     def _run(self, chunks: list[Chunk], *, hidden: bool = False) -> None:
-        inputs = [item for chunk in chunks for item in self._inputs(chunk)]
+        inputs = [self._input(chunk) for chunk in chunks]
         before = time.perf_counter()
         try:
             rows = self.model.run(inputs, hidden=hidden)
@@ -609,16 +611,10 @@ class Engine:
             self._sample(sequence, job, rows[-1], None)
 
     @staticmethod
-    def _inputs(chunk: Chunk) -> list[SequenceInput]:
+    def _input(chunk: Chunk) -> SequenceInput:
         s = chunk.sequence
-        tokens = s.tokens[s.n_evaluated : s.n_evaluated + chunk.n]
-        first = SequenceInput(tokens, s.n_evaluated, s.table.blocks, 1 if chunk.is_last else 0)
-        if not chunk.guess:
-            return [first]
-        # As sequences of one token each: so every row is computed as it would be alone, to the last bit. Each sees those
-        # before it, since a layer stores all keys and values of a batch before it attends to them.
-        after = s.n_evaluated + chunk.n
-        return [first, *(SequenceInput([t], after + i, s.table.blocks, 1) for i, t in enumerate(chunk.guess))]
+        tokens = s.tokens[s.n_evaluated : s.n_evaluated + chunk.n] + chunk.guess
+        return SequenceInput(tokens, s.n_evaluated, s.table.blocks, 1 + len(chunk.guess) if chunk.is_last else 0)
 
     def _sample_guessed(self, chunk: Chunk, job: _Job, rows: np.ndarray, peaks: np.ndarray) -> None:
         """Goes on sampling for as long as the guess was right."""

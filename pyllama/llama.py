@@ -123,7 +123,7 @@ class Llama:
             n_batch=n_batch,
             n_threads=n_threads,
             n_threads_batch=n_threads_batch,
-            max_sequences=n_parallel * (1 + n_guess),
+            max_sequences=n_parallel,
             kv_type=(_kv_type(type_k), _kv_type(type_v)),
             mmap=use_mmap,
             mlock=use_mlock,

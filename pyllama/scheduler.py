@@ -187,7 +187,7 @@ class Scheduler:
         room = 0
         for chunk in chunks:
             if chunk.sequence.guess:
-                room = room or min(self.model.n_batch, self.model.max_sequences) - len(chunks)
+                room = room or self.model.n_batch - len(chunks)
                 self._add_guess(chunk, room)
                 room -= len(chunk.guess)
                 if room <= 0:

@@ -136,7 +136,7 @@ def test_far_into_a_context_nothing_that_runs_beside_changes_a_bit(
     path = tmp_path / "tiny.gguf"
     make(path, n_embd=128, quant=quant)
     tokens = [3 + (i * i + 7 * i) % 241 for i in range(1040 if cpu != "scalar" else 530)]
-    n = len(tokens) - 20
+    n = len(tokens) - 32
     expected = None
     for n_threads in (1, 3):
         model = load(path, n_ctx=2048, n_threads=n_threads, max_sequences=32, kv_type=kv_type)
@@ -145,7 +145,7 @@ def test_far_into_a_context_nothing_that_runs_beside_changes_a_bit(
             model.run([SequenceInput(tokens[at : min(n, at + size)], at, blocks_for(len(tokens)), 0)])
         short = SequenceInput(tokens[:7], 0, [50], 1)
         many = [SequenceInput([9], 40 + i, [51, 52], 1) for i in range(9)]
-        for sizes in ([1] * 20, [9, 1, 10], [20]):
+        for sizes in ([1] * 32, [9, 1, 22], [32]):
             for others in ([], [short], many):
                 rows = continuation(model, tokens, n, sizes, others)
                 expected = rows if expected is None else expected

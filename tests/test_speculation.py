@@ -52,7 +52,7 @@ def test_answers_are_the_same_with_and_without(seed: int) -> None:
     options = {"n_ctx": [64, 96, 160, 512][seed % 4], "n_batch": [16, 64][seed % 2]}
     with Engine(FakeModel(**options), 1) as engine:
         alone = [result_of(engine.submit(request))[0] for request in requests]
-    model = FakeModel(**options, max_sequences=[5, 20][seed // 4])
+    model = FakeModel(**options, max_sequences=4)
     with Engine(model, 4, n_lookup=6) as engine:
         together = [result_of(stream) for stream in [engine.submit(request) for request in requests]]
         engine._cache.check()
@@ -65,7 +65,7 @@ def test_repetition_takes_fewer_steps() -> None:
     params = SamplingParams(temperature=0.0, grammar='root ::= "abcdefgh "*', ignore_eos=True)
     steps = []
     for n_lookup in (0, 8):
-        model = FakeModel(n_ctx=512, max_sequences=9)
+        model = FakeModel(n_ctx=512)
         with Engine(model, n_lookup=n_lookup) as engine:
             text, _, done = engine.submit(Request(prompt=(97,), sampling=params, n_predict=200)).result()
         assert text == ("abcdefgh " * 23)[:200]
@@ -74,9 +74,9 @@ def test_repetition_takes_fewer_steps() -> None:
     assert steps[1] < steps[0] / 4
 
 
-def test_guesses_need_room_in_the_model() -> None:
+def test_guesses_need_room_in_the_batch() -> None:
     requests = random_requests(1, 6)
-    with Engine(FakeModel(n_ctx=512, max_sequences=2), 2, n_lookup=6) as engine:
+    with Engine(FakeModel(n_ctx=512, n_batch=5), 2, n_lookup=6) as engine:
         assert all(stream.result()[2].reason != "error" for stream in [engine.submit(request) for request in requests])
 
 
@@ -92,7 +92,7 @@ def test_a_model_gives_the_same_tokens(path) -> None:
     time: how prompts that meet are cut into chunks depends on the clock.)"""
     results, n_right = [], 0
     for n_lookup in (0, 7):
-        model = models.load(path, n_ctx=1024, max_sequences=1 + n_lookup, n_threads=2)
+        model = models.load(path, n_ctx=1024, n_threads=2)
         with Engine(model, n_lookup=n_lookup) as engine:
             n_vocab = model.tokenizer.n_vocab
             ends = []
@@ -115,7 +115,7 @@ def test_real_texts_go_on_the_same(request: pytest.FixtureRequest, name: str) ->
     sources = [Path(module.__file__).read_text() for module in (grammar, kv_cache, scheduler, speculation)]
     results, n_right = [], 0
     for n_lookup in (0, 8):
-        model = models.load(path, n_ctx=2048, max_sequences=1 + n_lookup, n_threads=2)
+        model = models.load(path, n_ctx=2048, n_threads=2)
         with Engine(model, n_lookup=n_lookup) as engine:
             ends = []
             for text, n_prompt in zip(sources, (600, 900, 1200, 1400)):

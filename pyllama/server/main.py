@@ -101,7 +101,7 @@ class Program:
                 n_threads=s.threads,
                 n_threads_batch=s.threads_batch,
                 n_batch=s.batch_size,
-                max_sequences=s.parallel * (1 + n_guess),
+                max_sequences=s.parallel,
                 kv_type=s.kv_type,
                 mmap=not s.no_mmap,
                 mlock=s.mlock,
