@@ -8,7 +8,7 @@ enum {
     LEAST_TILE_ROWS = 48,   /* ... and no fewer, when there is not much to do */
     CHUNK_BLOCKS = 16,      /* blocks that are summed by themselves */
     ITEMS_PER_THREAD = 4,   /* chunks become items when there are fewer (sequence, head) pairs than this a thread */
-    PART_TOKENS = 4,        /* ... and there is room for their parts: for so many tokens of a context that fills the store */
+    PART_TOKENS = 16,       /* ... and there is room for their parts: for so many tokens of a context that fills the store */
 };
 
 /* Memory of one member, and of the parts of split contexts. */
