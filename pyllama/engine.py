@@ -569,7 +569,7 @@ class Engine:
                 self._end(sequence, "error", error=f"{type(error).__name__}: {error}")
             return
         n_made = len(tokens) // len(chunks)
-        self._scheduler.advance(chunks, (time.perf_counter() - before) / n_made)
+        self._scheduler.advance(chunks, (time.perf_counter() - before) / n_made, n_made)
         for i, sequence in enumerate(sequences):
             samplers[i].put_back(randoms[i][n_made:])
             self._take_burst(sequence, tokens[i :: len(chunks)])

@@ -292,11 +292,12 @@ class Scheduler:
         sequence.shifted = True
         return True
 
-    def advance(self, chunks: list[Chunk], seconds: float) -> None:
-        """Counts a batch as evaluated.
+    def advance(self, chunks: list[Chunk], seconds: float, n_steps: int = 1) -> None:
+        """Counts a batch as evaluated; of a burst, its first step.
 
         Args:
-            seconds: what the run took; of a burst, a step of it.
+            seconds: what the run took; of a burst, a step of it in the mean.
+            n_steps: of the burst.
         """
         n_prompt = n_streams = n_guessed = 0
         for chunk in chunks:
@@ -315,7 +316,8 @@ class Scheduler:
         if n_prompt == 0:
             # A running mean, which one interrupted step does not throw off.
             mean = self._step_seconds or seconds
-            self._step_seconds = 0.8 * mean + 0.2 * min(seconds, 4 * mean)
+            weight = 0.8**n_steps
+            self._step_seconds = weight * mean + (1 - weight) * min(seconds, 4 * mean)
         elif n_streams and self._step_seconds:
             self._adapt(n_prompt, seconds)
 

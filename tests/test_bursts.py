@@ -88,6 +88,24 @@ def test_in_little_room(n_ctx: int) -> None:
         assert [sample.token for sample in samples] == fake.greedy(list(request.prompt), request.n_predict)
 
 
+def test_a_failure_ends_all_requests_of_its_burst_and_no_more() -> None:
+    greedy = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True)
+    requests = [Request(prompt=prompt, sampling=greedy, n_predict=40) for prompt in ((97, 98), (99, 100, 101))]
+    fake = FakeModel(ascii_only=False)
+    expected = [fake.greedy(list(request.prompt), 40, ignore_eos=True) for request in requests]
+    fake.fail_on = expected[0][6]
+    assert all(fake.fail_on not in (*request.prompt, *tokens[:6]) for request, tokens in zip(requests, expected))
+    with Engine(fake, 2) as engine:
+        for stream in engine.submit_all(requests):
+            _, samples, done = stream.result()
+            assert (done.reason, done.error) == ("error", "RuntimeError: the model failed")
+            assert done.n_predicted == len(samples) < 6
+        fake.fail_on = None
+        for stream, tokens in zip(engine.submit_all(requests), expected):
+            assert [sample.token for sample in stream.result()[1]] == tokens
+        engine._cache.check()
+
+
 def test_nothing_to_choose_from() -> None:
     params = SamplingParams(logit_bias=tuple((token, -np.inf) for token in range(N_VOCAB)))
     for n_predict in (1, 50):

@@ -70,6 +70,18 @@ def test_a_prompt_alone_takes_whole_batches() -> None:
     assert run.sizes(sequence) == [64, 64, 22, 1, 1]
 
 
+def test_bursts_take_a_sixtieth_of_a_second() -> None:
+    """Even one that was too long, since others had joined meanwhile, tells how long the next may be."""
+    run = Run(step_seconds=0.002, token_seconds=0.0)
+    run.add(5, wants=100)
+    assert run.scheduler.burst(run.step(), 100) == 1  # nothing is known yet
+    run.step()
+    chunks = run.scheduler.schedule()
+    assert [run.scheduler.burst(chunks, most) for most in (1, 3, 100)] == [1, 3, 8]
+    run.scheduler.advance(chunks, 0.005, 8)
+    assert run.scheduler.burst(chunks, 100) == 3
+
+
 @pytest.mark.parametrize(("step", "token"), [(0.004, 0.0005), (0.04, 0.006), (0.02, 0.0002), (0.003, 0.003)])
 def test_a_long_prompt_makes_no_step_much_longer(step: float, token: float) -> None:
     run = Run(n_ctx=4096, n_batch=512, step_seconds=step, token_seconds=token)
