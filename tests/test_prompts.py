@@ -16,7 +16,7 @@ from tests.tiny_models import make_gemma3, make_llama
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 GREEDY = {"temperature": 0, "ignore_eos": True, "n_predict": 6}
 UNSHARED = {**GREEDY, "cache_prompt": False}
-"""One token alone is computed in another order than many, so that near-ties may fall another way."""
+"""All of the prompt is evaluated anew."""
 
 
 @pytest.fixture(scope="module")

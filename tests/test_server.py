@@ -892,6 +892,4 @@ def test_many_streams_give_what_they_give_alone(smollm2):
         thread.start()
     for thread in threads:
         thread.join()
-    assert (
-        sum(a == b for a, b in zip(alone, together, strict=True)) >= len(prompts) - 2
-    )  # near-ties may fall either way
+    assert together == alone

@@ -88,8 +88,7 @@ def path(request, tmp_path_factory) -> Iterator[str]:
 
 
 def test_a_model_gives_the_same_tokens(path) -> None:
-    """Greedy or seeded: every row of logits is the same to the last bit, however many come of one step. (One request at a
-    time: how prompts that meet are cut into chunks depends on the clock.)"""
+    """Greedy or seeded: every row of logits is the same to the last bit, however many come of one step."""
     results, n_right = [], 0
     for n_lookup in (0, 7):
         model = models.load(path, n_ctx=1024, n_threads=2)
