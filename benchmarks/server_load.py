@@ -49,11 +49,16 @@ def prompts(n: int, n_words: int, n_shared: int, seed: int) -> list[str]:
 
 @dataclass
 class Answer:
-    """When one stream's pieces came, in seconds after its request."""
+    """When something came of one stream, in seconds after its request: the first token, then one or several at a time."""
 
     times: list[float] = field(default_factory=list)
     n_tokens: int = 0
     n_prompt: int = 0
+
+    @property
+    def each_token(self) -> float:
+        """Seconds for each token after the first, in the mean."""
+        return (self.times[-1] - self.times[0]) / max(1, self.n_tokens - 1)
 
 
 @dataclass
@@ -73,7 +78,12 @@ class Round:
         return [answer.times[0] for answer in self.answers]
 
     @property
-    def between(self) -> list[float]:
+    def each_token(self) -> list[float]:
+        return [answer.each_token for answer in self.answers]
+
+    @property
+    def pauses(self) -> list[float]:
+        """In which a stream shows nothing new."""
         return [b - a for answer in self.answers for a, b in zip(answer.times, answer.times[1:])]
 
 
@@ -99,7 +109,7 @@ class Client:
         """
         text = b"".join(data for _, data in self.received)
         match = re.search(rb'"tokens_evaluated":(\d+),"tokens_predicted":(\d+)', text)
-        times = [now - self.sent for now, data in self.received for _ in range(data.count(b'"stop":false'))]
+        times = [now - self.sent for now, data in self.received if b'"stop":false' in data]
         if match is None or not times:
             raise RuntimeError(f"the server did not answer as expected: {text[-500:].decode(errors='replace')}")
         return Answer(times, n_tokens=int(match[2]), n_prompt=int(match[1]))
@@ -194,10 +204,7 @@ class Direct:
         for answer, stream in zip(answers, streams):
             _, _, done = stream.result()
             answer.n_prompt, answer.n_tokens = done.n_prompt, done.n_predicted
-        seconds = time.perf_counter() - begin
-        for answer in answers:
-            del answer.times[answer.n_tokens :]  # the event that says that this was all is no token
-        return Round(answers, seconds)
+        return Round(answers, time.perf_counter() - begin)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -210,15 +217,17 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def summary(rounds: Sequence[Round]) -> dict[str, float]:
     first = [seconds for r in rounds for seconds in r.first]
-    between = [seconds for r in rounds for seconds in r.between]
+    each_token = [seconds for r in rounds for seconds in r.each_token]
+    pauses = [seconds for r in rounds for seconds in r.pauses]
     return {
         "tokens_per_second": median(r.rate for r in rounds),
         "min": min(r.rate for r in rounds),
         "max": max(r.rate for r in rounds),
         "first_token_p50_ms": 1e3 * percentile(first, 50),
         "first_token_p95_ms": 1e3 * percentile(first, 95),
-        "between_tokens_p50_ms": 1e3 * percentile(between, 50),
-        "between_tokens_p95_ms": 1e3 * percentile(between, 95),
+        "each_token_p50_ms": 1e3 * percentile(each_token, 50),
+        "pause_p50_ms": 1e3 * percentile(pauses, 50),
+        "pause_p95_ms": 1e3 * percentile(pauses, 95),
         "prompt_tokens": median(answer.n_prompt for r in rounds for answer in r.answers),
     }
 
@@ -226,14 +235,15 @@ def summary(rounds: Sequence[Round]) -> dict[str, float]:
 def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['streams']} streams, prompts of {report['http']['prompt_tokens']:.0f} tokens, {report['n_predict']} new ones",
-        f"{'':10}{'tokens/s':>10}{'min':>9} – {'max':<9}{'first token p50':>17}{'p95':>8}{'between p50':>14}{'p95':>8}",
+        f"{'':10}{'tokens/s':>10}{'min':>9} – {'max':<9}{'first token p50':>17}{'p95':>8}"
+        f"{'each token':>14}{'pause p50':>13}{'p95':>8}",
     ]
     for name in ("http", "engine"):
         if row := report.get(name):
             lines.append(
                 f"{name:10}{row['tokens_per_second']:10,.0f}{row['min']:9,.0f} – {row['max']:<9,.0f}"
                 f"{row['first_token_p50_ms']:14,.0f} ms{row['first_token_p95_ms']:8,.0f}"
-                f"{row['between_tokens_p50_ms']:11,.1f} ms{row['between_tokens_p95_ms']:8,.1f}"
+                f"{row['each_token_p50_ms']:11,.1f} ms{row['pause_p50_ms']:10,.1f} ms{row['pause_p95_ms']:8,.1f}"
             )
     if "ratio" in report:
         lines.append(f"HTTP reaches {100 * report['ratio']:.1f} % of the engine (median of the turns)")
