@@ -223,6 +223,22 @@ static void compare_quantization(const pl_cpu_set *set) {
     }
 }
 
+/* An infinite number shows in its group's scale, and nothing overflows on the way. */
+static void quantize_infinity(const pl_cpu_set *set) {
+    enum { WIDTH = 2 * PL_GROUP };
+    float x[WIDTH];
+    for (int32_t at = 0; at < PL_GROUP; at++) {
+        for (int32_t i = 0; i < WIDTH; i++) {
+            x[i] = i == at ? INFINITY : i == PL_GROUP + at ? NAN : random_float();
+        }
+        uint8_t *tile = quantized_tile(set->kernels, x, WIDTH, 1);
+        if (pl_q8_d(tile, WIDTH, 1)[0] != INFINITY) {
+            differ(set->name, "the scale of infinity", at, 0);
+        }
+        pl_free(tile);
+    }
+}
+
 static void compare_rows(const pl_cpu_set *set) {
     enum { MOST = 150 };
     float x[MOST], factor[MOST], got[MOST + 1], expected[MOST];
@@ -335,6 +351,7 @@ int main(void) {
             compare_products(set, types[t]);
         }
         compare_quantization(set);
+        quantize_infinity(set);
         compare_rows(set);
         compare_heads(set);
         compare_exp_sum(set);

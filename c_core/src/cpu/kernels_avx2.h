@@ -52,7 +52,8 @@ INLINE __m256 halves(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(
 INLINE __m256 unsigned_bytes(__m128i v) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)); }
 INLINE __m128i eight_bytes(const uint8_t *p) { return _mm_loadl_epi64((const __m128i *)p); }
 
-/* d and, in the formats that have it, m (to be subtracted) of rows 8 * half .. 8 * half + 7 for sub-block `part` of the line's `group`. */
+/* d and, in the formats that have it, m (to be subtracted) of rows 8 * half .. 8 * half + 7 for sub-block `part` of the line's
+ * `group`. */
 INLINE void affine(int kind, const uint8_t *head, const uint8_t *line, int group, int part, int half, __m256 *d, __m256 *m) {
     *m = _mm256_setzero_ps();
     const int at = half * HALF_ROWS;
@@ -348,9 +349,11 @@ static void quantize(const float *x, int64_t stride, int32_t rows, int32_t n, ui
         for (int i = 0; i < 4; i++) {
             q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
         }
-        const int32_t sum_a = integer_sum_of(_mm256_add_epi32(q[0], q[1])), sum_b = integer_sum_of(_mm256_add_epi32(q[2], q[3]));
+        const __m256i a = _mm256_packs_epi32(q[0], q[1]), b = _mm256_packs_epi32(q[2], q[3]);
+        const int32_t sum_a = integer_sum_of(_mm256_madd_epi16(a, _mm256_set1_epi16(1)));
+        const int32_t sum_b = integer_sum_of(_mm256_madd_epi16(b, _mm256_set1_epi16(1)));
         /* Packing works within 128-bit lanes and leaves the fours of columns in the order 0 2 4 6 1 3 5 7. */
-        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        const __m256i packed = _mm256_packs_epi16(a, b);
         _Alignas(32) int32_t fours[8];
         _mm256_store_si256((__m256i *)fours, _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
         int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + to_lane;

@@ -58,7 +58,8 @@ INLINE float32x4_t signed_bytes(uint8x8_t v) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(v)))));
 }
 
-/* d and, in the formats that have it, m (to be subtracted) of rows 4 * quarter .. + 3 for sub-block `part` of the line's `group`. */
+/* d and, in the formats that have it, m (to be subtracted) of rows 4 * quarter .. + 3 for sub-block `part` of the line's
+ * `group`. */
 INLINE void affine(int kind, const uint8_t *head, const uint8_t *line, int group, int part, int quarter,
                    float32x4_t *d, float32x4_t *m) {
     *m = vdupq_n_f32(0);
@@ -252,7 +253,8 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
     const int32_t *minus = sub == 32 ? pl_q8_minus32(tile, width, lanes) : pl_q8_minus16(tile, width, lanes);
     const int n = lanes <= MAX_LANES / 2 ? 4 : 2;
     for (int quarter = 0; quarter < 4; quarter += n) {
-        product_quarters(low_bits, two_shift, one_shift, sub, kind, offset, lanes, n, quarter, w, panel, tile, dx, sums, minus, out, stride);
+        product_quarters(low_bits, two_shift, one_shift, sub, kind, offset, lanes, n, quarter, w, panel, tile, dx, sums, minus,
+                         out, stride);
     }
 }
 
@@ -384,9 +386,8 @@ static void quantize(const float *x, int64_t stride, int32_t rows, int32_t n, ui
         int32x4_t halves_sum[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
         int32_t *to = (int32_t *)tile + (int64_t)g * 8 * lanes + to_lane;
         for (int i = 0; i < 8; i++) {
-            const int32x4_t q = vcvtnq_s32_f32(vmulq_n_f32(v[i], inverse));
-            const int16x4_t narrow = vqmovn_s32(q);
-            halves_sum[i / 4] = vaddq_s32(halves_sum[i / 4], q);
+            const int16x4_t narrow = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(v[i], inverse)));
+            halves_sum[i / 4] = vaddw_s16(halves_sum[i / 4], narrow);
             to[i * lanes] = vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(narrow, narrow))), 0);
         }
         const int32_t sum_a = vaddvq_s32(halves_sum[0]), sum_b = vaddvq_s32(halves_sum[1]);
