@@ -1,8 +1,8 @@
 /*
  * pool.h - a persistent team of threads that run one function together.
  *
- * The caller is member 0. Members meet at barriers; a short spin comes first (steps follow each other within
- * microseconds), then the waiter yields, and between runs it sleeps.
+ * The caller is member 0. Members meet at barriers. Who waits, there or for the next run, spins for a while (steps follow each
+ * other within microseconds), then sleeps.
  */
 #ifndef PL_POOL_H
 #define PL_POOL_H

@@ -14,7 +14,9 @@ typedef struct check {
     pl_error *err;
 } check;
 
-static int32_t refuse(const check *c, const char *why) { return pl_fail(c->err, "op %d (kind %d): %s", c->index, c->op->kind, why); }
+static int32_t refuse(const check *c, const char *why) {
+    return pl_fail(c->err, "op %d (kind %d): %s", c->index, c->op->kind, why);
+}
 
 /* Whether value `number` is of `kind` and `rows` (either: -1) and `width` (any: -1); absent values pass where `optional`. */
 static bool is_value(const check *c, int32_t number, int32_t kind, int32_t rows, int64_t width, bool optional) {
@@ -429,7 +431,9 @@ PL_API void pl_program_free(pl_program *p) {
     pl_free(p);
 }
 
-PL_API int64_t pl_program_bytes(const pl_program *p) { return p->slot_bytes + p->attention_scratch_bytes + p->single.member_bytes * pl_pool_size(p->pool); }
+PL_API int64_t pl_program_bytes(const pl_program *p) {
+    return p->slot_bytes + p->attention_scratch_bytes + p->single.member_bytes * pl_pool_size(p->pool);
+}
 
 /* ---- runs ---------------------------------------------------------------------------------------------------------- */
 

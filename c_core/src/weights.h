@@ -20,7 +20,8 @@
  *   two   2 bits: [2][16 rows][4]   byte j of word h holds, at bits 2i.., column 4(4h + i) + j
  *   one   1 bit:  [16 rows][4]      byte j holds, at bit i, column 4i + j
  *
- * Everything begins at multiples of 64 bytes; an odd last group has a line to itself. Float formats: [column][16 rows]. Rows past the end of the matrix are zero.
+ * Everything begins at multiples of 64 bytes; an odd last group has a line to itself. Float formats: [column][16 rows]. Rows
+ * past the end of the matrix are zero.
  */
 #ifndef PL_WEIGHTS_H
 #define PL_WEIGHTS_H
