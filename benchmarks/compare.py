@@ -324,7 +324,7 @@ def plot(comparisons: list[dict[str, Any]], path: Path) -> None:
                     panel.text(at, share + 1, f"{rate:,.0f}", ha="center", va="bottom", fontsize=7)
         panel.set_title(comparison["model"], loc="left", fontsize=10)
         panel.set_xticks(range(len(works)), works, fontsize=8)
-        panel.set_ylim(0, 100)
+        panel.set_ylim(0, 115)
         panel.set_ylabel("% of the limit", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(fontsize=8, ncols=len(engines), frameon=False, loc="upper right")
