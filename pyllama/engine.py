@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
 _MOST_GUESSED = 31  # 32 tokens of a sequence in a step get what they would get alone, to the last bit, whatever the cache's types
+_BURST_BESIDE_LOOKUP = 4  # steps; what could be guessed meanwhile is not
 _SCORED_AT_ONCE = 32  # tokens whose logits are in memory, which are many where the vocabulary is large
 
 
@@ -542,9 +543,9 @@ class Engine:
 
     def _burst(self, chunks: list[Chunk]) -> int:
         """How many steps the core may make on its own. Where a stop string may end a text, those after it would be in vain."""
-        if self.n_lookup or self.draft or not chunks:
+        if self.draft or not chunks or any(chunk.guess for chunk in chunks):
             return 1
-        most = self.model.n_ctx
+        most = _BURST_BESIDE_LOOKUP if self.n_lookup else self.model.n_ctx
         for chunk in chunks:
             sequence = chunk.sequence
             job: _Job = sequence.owner

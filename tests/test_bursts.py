@@ -46,8 +46,8 @@ def random_requests(seed: int, n: int, n_vocab: int) -> list[Request]:
     return requests
 
 
-def answers(model: Model | FakeModel, requests: list[Request], n_slots: int) -> list[tuple]:
-    with Engine(model, n_slots) as engine:
+def answers(model: Model | FakeModel, requests: list[Request], n_slots: int, n_lookup: int = 0) -> list[tuple]:
+    with Engine(model, n_slots, n_lookup=n_lookup) as engine:
         results = [stream.result() for stream in engine.submit_all(requests)]
         engine._cache.check()
     return [(text, samples, done.reason, done.n_predicted, done.n_past, done.error) for text, samples, done in results]
@@ -67,6 +67,9 @@ def test_the_same_tokens_as_one_by_one(model: Model, monkeypatch: pytest.MonkeyP
     alone = [answers(model, [request], 1)[0] for request in requests]
     together = answers(model, requests, 6)
     assert max(calls) == scheduler._LONGEST_BURST
+    calls.clear()
+    assert answers(model, requests, 2, n_lookup=3) == together
+    assert 1 < max(calls) < scheduler._LONGEST_BURST
     monkeypatch.setattr(scheduler, "_LONGEST_BURST", 1)
     n_calls = len(calls)
     assert [answers(model, [request], 1)[0] for request in requests] == alone
