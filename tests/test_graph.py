@@ -115,12 +115,31 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         g.silu_mul(x, x)
 
 
-def test_the_core_refuses_a_program_that_does_not_fit() -> None:
-    data = np.zeros((N_VOCAB, N_EMBD), np.float32)
-    table = create(
+def float_matrix(name: str, rows: int, cols: int) -> Matrix:
+    """One that the core has."""
+    data = np.zeros((rows, cols), np.float32)
+    handle = create(
         lib.pl_weight_new, lib.pl_weight_free,
-        ffi.NULL, lib.PL_F32, N_VOCAB, N_EMBD, ffi.from_buffer(data), data.nbytes, ffi.NULL,
+        ffi.NULL, lib.PL_F32, rows, cols, ffi.from_buffer(data), data.nbytes, ffi.NULL,
     )  # fmt: skip
+    return Matrix(name, rows, cols, True, handle)
+
+
+@pytest.mark.parametrize("n_rows", [N_VOCAB - 1, N_VOCAB, N_VOCAB + 1])
+def test_the_core_wants_a_logit_for_each_token(n_rows: int) -> None:
+    g = Graph()
+    x = g.embed(float_matrix("table", N_VOCAB, N_EMBD))
+    g.logits(g.select_outputs(x), float_matrix("output", n_rows, N_EMBD))
+    sizes = {"max_tokens": 8, "max_outputs": 8, "kv": ffi.NULL, "pool": ThreadPool(1)}
+    if n_rows == N_VOCAB:
+        assert g.compile(**sizes).handle
+    else:
+        with pytest.raises(CoreError, match="vocabulary"):
+            g.compile(**sizes)
+
+
+def test_the_core_refuses_a_program_that_does_not_fit() -> None:
+    table = float_matrix("table", N_VOCAB, N_EMBD).handle
     pool = ThreadPool(1)
 
     def program(width: int, slot: int, kind: int = lib.PL_OP_EMBED):

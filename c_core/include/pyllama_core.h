@@ -152,7 +152,7 @@ typedef struct pl_value {
  *                                                                                    f0 = soft cap (0: none)
  * PL_OP_SELECT      up to 3 x (tokens)    as many y (outputs)
  * PL_OP_HIDDEN      x (outputs)           -> batch.hidden
- * PL_OP_LOGITS      x (outputs)           -> batch.logits   w0                       f0 = factor, f1 = soft cap (0: none)
+ * PL_OP_LOGITS      x (outputs)           -> batch.logits   w0: a row for each token f0 = factor, f1 = soft cap (0: none)
  */
 enum pl_op_kind {
     PL_OP_EMBED = 0,

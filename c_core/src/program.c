@@ -175,8 +175,8 @@ static int32_t check_op(const check *c) {
     case PL_OP_HIDDEN:
         return is_value(c, op->src[0], PL_VALUE_F32, PL_ROWS_OUTPUTS, -1, false) ? 0 : refuse(c, "the input does not fit");
     case PL_OP_LOGITS:
-        return feeds(c, op->src[0], op->w[0]) && p->values[op->src[0]].rows == PL_ROWS_OUTPUTS
-                   ? 0 : refuse(c, "input and matrix do not fit together");
+        return feeds(c, op->src[0], op->w[0]) && p->values[op->src[0]].rows == PL_ROWS_OUTPUTS && op->w[0]->n_rows == p->n_vocab
+                   ? 0 : refuse(c, "input, matrix and vocabulary do not fit together");
     default:
         return refuse(c, "unknown kind");
     }
