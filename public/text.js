@@ -55,7 +55,8 @@ export class TextView {
     const isBusy = session.isBusy(current)
     const field = $('document')
     const text = textOf(current)
-    if (field.value !== text) field.value = text
+    // A field turns every kind of line break into one; to write the same again would move the cursor.
+    if (field.value !== text.replace(/\r\n?/g, '\n')) field.value = text
     field.readOnly = isBusy
     this.#paintMirror(current.pieces)
     exchange(isBusy, $('continue'), $('text-stop'))

@@ -335,7 +335,8 @@ window.fetch = async (url, options) => {
 
 @needs_chromium
 def test_a_text(server, open_page):
-    page = open_page(settings=SHORT)
+    printable = {"shape": "grammar", "grammar": "root ::= [ -~]*"}  # a field shows every kind of line break as one
+    page = open_page(settings={**SHORT, **printable})
     page.click("input[value=text]")
     assert page.run("document.getElementById('text').hidden") is False
     page.write("#document", "hello world")
