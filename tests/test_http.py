@@ -162,17 +162,32 @@ def test_news_are_written_in_the_thread_that_brings_them():
         response = server.get("/news")
         assert response.getheader("Transfer-Encoding") == "chunked"
         assert response.read1() == b"first "
-        for piece in (b"second ", b"third "):
+        n_here = 0
+        for i in range(10):
+            time.sleep(0.01)  # the writer may still be at the piece before, or have a look
             del news.threads[:]
-            news.push(piece)
-            assert response.read1() == piece
-            assert threading.current_thread().name in news.threads
+            news.push(b"piece %d " % i)
+            assert response.read1() == b"piece %d " % i
+            n_here += threading.current_thread().name in news.threads
+        assert n_here > 5
         assert server.get().read() == b"hello"  # though there is but one thread for handlers
         news.push(b"last", None)
         assert response.read() == b"last"
         record = server.record(2)
     assert news.is_closed.is_set()
-    assert (record.path, record.status, record.n_bytes) == ("/news", 200, len(b"first second third last"))
+    assert (record.path, record.status, record.n_bytes) == ("/news", 200, len(b"first " + 10 * b"piece 0 " + b"last"))
+
+
+def test_news_that_come_together_are_sent_together():
+    news = News()
+    with running(news) as server, server.connect() as connection:
+        connection.sendall(b"GET /news HTTP/1.1\r\nHost: here\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"\r\nfirst \r\n"):
+            answer += connection.recv(65536)
+        news.push(b"one ", b"two ", b"three ")
+        assert connection.recv(65536) == b"4\r\none \r\n4\r\ntwo \r\n6\r\nthree \r\n"
+        news.push(None)
 
 
 def test_news_for_clients_that_know_no_chunks():

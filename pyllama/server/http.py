@@ -135,25 +135,41 @@ class _Task(_Recorded, WSGITask, Answer):
             raise _HandedOver(self)
 
     def write_news(self) -> bool:
+        pieces: list[bytes] = []
         try:
-            # More than that would have to wait for the client, and all others with it.
-            while self.channel.total_outbufs_len <= MAX_UNREAD:
-                piece = next(self._body, None)
-                if piece is None:
-                    self.finish()
-                    return True
-                if not piece:
-                    return False
-                if not self.wrote_header:
-                    self.write(b"")
-                self.channel.write_now(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked_response else piece)
-                self.content_bytes_written += len(piece)
-            return False
+            try:
+                is_whole = self._gather(pieces)
+            finally:  # what came before a failure is sent
+                if pieces:
+                    self._send(pieces)
+            if is_whole:
+                self.finish()
+            return is_whole
         except (ClientDisconnected, OSError):
             return True
         except Exception:
             _log.exception("the answer to %s broke off", self.request.path)
             return True
+
+    def _gather(self, pieces: list[bytes]) -> bool:
+        """Adds the pieces that are there; True: the last is among them. More than a client reads at its ease would have to wait
+        for it, and all others with it."""
+        n_unread = self.channel.total_outbufs_len
+        while n_unread <= MAX_UNREAD:
+            piece = next(self._body, None)
+            if not piece:
+                return piece is None
+            pieces.append(piece)
+            n_unread += len(piece)
+        return False
+
+    def _send(self, pieces: list[bytes]) -> None:
+        if not self.wrote_header:
+            self.write(b"")
+        self.content_bytes_written += sum(len(piece) for piece in pieces)
+        if self.chunked_response:
+            pieces = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+        self.channel.write_now(b"".join(pieces))
 
     def end(self) -> None:
         try:
