@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
 _MOST_GUESSED = 31  # 32 tokens of a sequence in a step get what they would get alone, to the last bit, whatever the cache's types
-_BURST_BESIDE_LOOKUP = 4  # steps; what could be guessed meanwhile is not
+_SHORT_BURST = 4  # steps, where something may be lost by more: those behind a stop string, or what could be guessed meanwhile
 _SCORED_AT_ONCE = 32  # tokens whose logits are in memory, which are many where the vocabulary is large
 
 
@@ -542,14 +542,14 @@ class Engine:
                 n_rows = end
 
     def _burst(self, chunks: list[Chunk]) -> int:
-        """How many steps the core may make on its own. Where a stop string may end a text, those after it would be in vain."""
+        """How many steps the core may make on its own."""
         if self.draft or not chunks or any(chunk.guess for chunk in chunks):
             return 1
-        most = _BURST_BESIDE_LOOKUP if self.n_lookup else self.model.n_ctx
+        most = _SHORT_BURST if self.n_lookup or any(c.sequence.owner.request.stop for c in chunks) else self.model.n_ctx
         for chunk in chunks:
             sequence = chunk.sequence
             job: _Job = sequence.owner
-            if not (sequence.generating and chunk.is_last and chunk.n == 1) or job.request.stop or job.sampler.core is None:
+            if not (sequence.generating and chunk.is_last and chunk.n == 1) or job.sampler.core is None:
                 return 1
             if job.request.n_predict > 0:
                 most = min(most, job.request.n_predict - job.n_predicted)
