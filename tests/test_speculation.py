@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pyllama import grammar, kv_cache, models, scheduler, speculation
 from pyllama.engine import Done, Engine, Request, Stream
+from pyllama.models import Model
 from pyllama.sampling import SamplingParams
 from pyllama.speculation import LookupSpeculation
 from tests.fake_model import FakeModel
@@ -87,45 +88,46 @@ def path(request, tmp_path_factory) -> Iterator[str]:
     return path
 
 
-def test_a_model_gives_the_same_tokens(path) -> None:
-    """Greedy or seeded: every row of logits is the same to the last bit, however many come of one step."""
+def same_with_lookup(path: str | Path, n_lookup: int, n_ctx: int, make_requests: Callable[[Model], list[Request]]) -> int:
+    """Runs requests one by one, without and with lookup; they must end the same. Returns how many guesses were right."""
     results, n_right = [], 0
-    for n_lookup in (0, 7):
-        model = models.load(path, n_ctx=1024, n_threads=2)
-        with Engine(model, n_lookup=n_lookup) as engine:
-            n_vocab = model.tokenizer.n_vocab
-            ends = []
-            for seed in range(12):
-                prompt = tuple(random.Random(seed).choices(range(10, n_vocab), k=20)) * 2
-                temperature = 0.0 if seed % 2 else 0.7
-                params = SamplingParams(temperature=temperature, seed=seed, n_probs=2, ignore_eos=True, repeat_penalty=1.0)
-                ends.append(result_of(engine.submit(Request(prompt=prompt, sampling=params, n_predict=100))))
+    for n in (0, n_lookup):
+        model = models.load(path, n_ctx=n_ctx, n_threads=2)
+        with Engine(model, n_lookup=n) as engine:
+            ends = [result_of(engine.submit(request)) for request in make_requests(model)]
+        model.close()
         results.append([told for told, _ in ends])
         n_right += sum(done.timings.draft_n_accepted for _, done in ends)
-        model.close()
     assert results[0] == results[1]
-    assert n_right > 0
+    return n_right
+
+
+def test_a_model_gives_the_same_tokens(path) -> None:
+    """Greedy or seeded: every row of logits is the same to the last bit, however many come of one step."""
+
+    def requests(model: Model) -> list[Request]:
+        made, n_vocab = [], model.tokenizer.n_vocab
+        for seed in range(12):
+            prompt = tuple(random.Random(seed).choices(range(10, n_vocab), k=20)) * 2
+            temperature = 0.0 if seed % 2 else 0.7
+            params = SamplingParams(temperature=temperature, seed=seed, n_probs=2, ignore_eos=True, repeat_penalty=1.0)
+            made.append(Request(prompt=prompt, sampling=params, n_predict=100))
+        return made
+
+    assert same_with_lookup(path, 7, 1024, requests) > 0
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
 def test_real_texts_go_on_the_same(request: pytest.FixtureRequest, name: str) -> None:
     """Greedy, after 600 to 1,400 tokens of sources: the same text, token for token, in fewer steps."""
-    path = request.getfixturevalue(f"{name}_path")
     sources = [Path(module.__file__).read_text() for module in (grammar, kv_cache, scheduler, speculation)]
-    results, n_right = [], 0
-    for n_lookup in (0, 8):
-        model = models.load(path, n_ctx=2048, n_threads=2)
-        with Engine(model, n_lookup=n_lookup) as engine:
-            ends = []
-            for text, n_prompt in zip(sources, (600, 900, 1200, 1400)):
-                prompt = tuple(model.tokenizer.encode(text, add_special=True)[:n_prompt])
-                params = SamplingParams(temperature=0.0, repeat_penalty=1.0, n_probs=1, ignore_eos=True)
-                ends.append(result_of(engine.submit(Request(prompt=prompt, sampling=params, n_predict=80))))
-        results.append([told for told, _ in ends])
-        n_right += sum(done.timings.draft_n_accepted for _, done in ends)
-        model.close()
-    assert results[0] == results[1]
-    assert n_right > 40
+    params = SamplingParams(temperature=0.0, repeat_penalty=1.0, n_probs=1, ignore_eos=True)
+
+    def requests(model: Model) -> list[Request]:
+        prompts = [tuple(model.tokenizer.encode(text, add_special=True)) for text in sources]
+        return [Request(prompt=p[:n], sampling=params, n_predict=80) for p, n in zip(prompts, (600, 900, 1200, 1400))]
+
+    assert same_with_lookup(request.getfixturevalue(f"{name}_path"), 8, 2048, requests) > 40
 
 
 # ---- guesses --------------------------------------------------------------------------------------------------------
