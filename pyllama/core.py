@@ -113,7 +113,8 @@ def create(function: Any, free: Any, *args: Any) -> Any:
 
 def cpu_name() -> str:
     """Name of the kernel set that the core chose for this processor: ``scalar``, ``avx2``, ``avx_vnni``, ``avx512``,
-    ``avx512_bf16``, ``neon`` or ``neon_i8mm``; the environment variable ``PYLLAMA_CPU`` forces one."""
+    ``avx512_bf16``, ``neon`` or ``neon_i8mm``; the environment variable ``PYLLAMA_CPU`` forces one
+    that the processor runs; any other name changes nothing."""
     return ffi.string(lib.pl_cpu_name()).decode()
 
 
