@@ -97,6 +97,9 @@ static int32_t check_qkv(const check *c) {
         !is_value(c, op->src[2], PL_VALUE_F32, PL_ROWS_TOKENS, kv_width, false)) {
         return refuse(c, "q, k or v does not fit the heads");
     }
+    if (op->dst[0] != op->src[0]) {
+        return refuse(c, "q is changed in place");
+    }
     if ((op->v[0] && op->v_len[0] != kv->head_dim) || (op->v[1] && op->v_len[1] != kv->head_dim)) {
         return refuse(c, "a head norm is not of the head's width");
     }
@@ -292,39 +295,71 @@ static void find_own_values(const pl_program *p) {
     }
 }
 
-/* What has been done to shared memory since the team met: flags for each slot. */
+/* What has been done to a place in shared memory since the team met. */
 enum { WAS_READ = 1, WAS_WRITTEN = 2 };
 
+/* Places in shared memory: the slots, what attention works in, what logits go to, and each layer's keys and values. */
+static int32_t scratch_place(const pl_program *p) { return p->n_slots; }
+static int32_t logits_place(const pl_program *p) { return p->n_slots + 1; }
+static int32_t layer_place(const pl_program *p, int32_t layer) { return p->n_slots + 2 + layer; }
+static int32_t count_places(const pl_program *p) { return layer_place(p, p->kv ? p->kv->n_layers : 0); }
+
+typedef struct uses {
+    int32_t n_read, n_written;
+    int32_t read[5], written[5];
+} uses;
+
+/* The places that an op reads and writes. */
+static uses uses_of(const pl_program *p, const pl_op *op) {
+    uses u = {0};
+    int32_t values[4];
+    const int32_t n = written_by(op, values);
+    for (int32_t i = 0; i < 4; i++) {
+        if (op->src[i] >= 0 && !p->single.is_own[op->src[i]]) {
+            u.read[u.n_read++] = p->values[op->src[i]].slot;
+        }
+    }
+    for (int32_t i = 0; i < n; i++) {
+        if (!p->single.is_own[values[i]]) {
+            u.written[u.n_written++] = p->values[values[i]].slot;
+        }
+    }
+    if (op->kind == PL_OP_QKV) {
+        u.written[u.n_written++] = layer_place(p, op->n[0]);
+    } else if (op->kind == PL_OP_ATTENTION) {
+        u.read[u.n_read++] = layer_place(p, op->n[0]);
+        u.written[u.n_written++] = scratch_place(p);
+    } else if (op->kind == PL_OP_LOGITS) {
+        u.written[u.n_written++] = logits_place(p);
+    }
+    return u;
+}
+
+/* `done`: for each place, zero. */
 static void find_meetings(const pl_program *p, uint8_t *done) {
-    bool kv_written = false;
     for (int32_t i = 0; i < p->n_ops; i++) {
         const pl_op *op = &p->ops[i];
-        int32_t written[4];
-        const int32_t n_written = written_by(op, written);
-        bool reads_new = op->kind == PL_OP_ATTENTION && kv_written, overwrites = false;
-        for (int32_t j = 0; j < 4; j++) {
-            reads_new |= op->src[j] >= 0 && !p->single.is_own[op->src[j]] && done[p->values[op->src[j]].slot] & WAS_WRITTEN;
+        const uses u = uses_of(p, op);
+        bool reads_new = false, overwrites = false;
+        for (int32_t j = 0; j < u.n_read; j++) {
+            reads_new |= (done[u.read[j]] & WAS_WRITTEN) != 0;
         }
-        for (int32_t j = 0; j < n_written; j++) {
-            overwrites |= !p->single.is_own[written[j]] && done[p->values[written[j]].slot];
+        for (int32_t j = 0; j < u.n_written; j++) {
+            overwrites |= done[u.written[j]] != 0;
         }
         const bool heads_follow = op->kind == PL_OP_ATTENTION && i && p->ops[i - 1].kind == PL_OP_QKV &&
                                   p->ops[i - 1].n[0] == op->n[0] && p->ops[i - 1].src[0] == op->src[0];
         p->single.meetings[i] = overwrites || (reads_new && !heads_follow) ? PL_MEET
                                 : reads_new ? PL_MEET_UNLESS_HEADS_ARE_KEPT : PL_MEET_NOT;
         if (p->single.meetings[i] == PL_MEET) {
-            memset(done, 0, (size_t)p->n_slots);
-            kv_written = false;
+            memset(done, 0, (size_t)count_places(p));
         }
-        for (int32_t j = 0; j < 4; j++) {
-            if (op->src[j] >= 0) {
-                done[p->values[op->src[j]].slot] |= p->single.is_own[op->src[j]] ? 0 : WAS_READ;
-            }
+        for (int32_t j = 0; j < u.n_read; j++) {
+            done[u.read[j]] |= WAS_READ;
         }
-        for (int32_t j = 0; j < n_written; j++) {
-            done[p->values[written[j]].slot] |= p->single.is_own[written[j]] ? 0 : WAS_WRITTEN;
+        for (int32_t j = 0; j < u.n_written; j++) {
+            done[u.written[j]] |= WAS_WRITTEN;
         }
-        kv_written |= op->kind == PL_OP_QKV;
     }
 }
 
@@ -333,7 +368,7 @@ static int32_t plan_single(pl_program *p, int32_t n_threads, pl_error *err) {
     s->meetings = pl_alloc(sizeof *s->meetings * (size_t)p->n_ops, err);
     s->is_own = pl_alloc(sizeof *s->is_own * (size_t)p->n_values, err);
     s->starts = pl_alloc(sizeof *s->starts * (size_t)p->n_slots, err);
-    uint8_t *done = pl_alloc((size_t)p->n_slots, err);
+    uint8_t *done = pl_alloc((size_t)count_places(p), err);
     if (!s->meetings || !s->is_own || !s->starts || !done) {
         pl_free(done);
         return -1;

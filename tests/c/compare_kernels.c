@@ -1,7 +1,7 @@
 /*
  * compare_kernels.c - every kernel set that this processor runs against the scalar one: products of all formats for all
  * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results; the
- * softmax's sum against the C library's exp. Also the two ways to re-lay matrices.
+ * softmax's sum against the C library's exp. Also the two ways to re-lay matrices, the thread pool, and programs.
  *
  * Linked with the core's sources. Prints one line for each set and for each difference; exits with the number of differences.
  */
@@ -358,5 +358,7 @@ int main(void) {
         compare_attention(set);
     }
     check_pool();
+    unsetenv("PYLLAMA_CPU");
+    check_program();
     return PL_MIN(differences, 100);
 }
