@@ -59,8 +59,11 @@ class FakeDecoder:
 class FakeModel:
     """The surface of ``pyllama.models.Model`` that the engine uses."""
 
-    def __init__(self, *, n_ctx: int = 128, n_batch: int = 64, max_sequences: int = 8, ascii_only: bool = True) -> None:
+    def __init__(
+        self, *, n_ctx: int = 128, n_batch: int = 64, max_sequences: int = 8, ascii_only: bool = True, n_exact: int = 64
+    ) -> None:
         self.n_ctx, self.n_batch, self.max_sequences = n_ctx, n_batch, max_sequences
+        self.n_exact = n_exact
         self.n_blocks = -(-n_ctx // BLOCK_TOKENS) + 2
         self.hp = SimpleNamespace(n_vocab=N_VOCAB, n_embd=4)
         self.tokenizer = FakeTokenizer()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("draft")
     make_llama(folder / "target.gguf")
     make_llama(folder / "random.gguf", n_layer=1, seed=5)
+    make_llama(folder / "wide.gguf", n_head=2, n_head_kv=1, n_ctx=1024)
     make_gemma3(folder / "gemma.gguf")
     make_llama(folder / "other.gguf", specials=["<|other|>"])
     return folder
@@ -128,6 +129,35 @@ def test_the_model_itself_is_nearly_always_right_and_another_hardly_ever(folder)
     _, ends = answers(folder, requests, "random.gguf")
     n_guessed, n_right = total(ends)
     assert n_right < 0.3 * n_guessed < 0.3 * 100
+
+
+def recorded(run: Callable[..., np.ndarray], sizes: list[int]) -> Callable[..., np.ndarray]:
+    """``Model.run`` that notes how many tokens of the first sequence are in each run."""
+
+    def record(inputs: list[SequenceInput], **options: bool) -> np.ndarray:
+        sizes.append(len(inputs[0].tokens))
+        return run(inputs, **options)
+
+    return record
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "longest"), [("f16", 65), ("f32", 65), ("q8_0", 32), (("f16", "q4_0"), 32), (("q8_0", "f16"), 65)]
+)
+def test_long_guesses_far_into_a_context(folder, kv_type, longest) -> None:
+    """Greedy, with the model as its own draft: the same to the last bit, though steps are of as many tokens as can be."""
+    prompt = tuple(random.Random(1).choices(range(10, 250), k=700))
+    params = SamplingParams(temperature=0.0, n_probs=3, ignore_eos=True, repeat_penalty=1.0)
+    found, steps = [], []
+    for most in (0, 64):
+        target = models.load(folder / "wide.gguf", n_ctx=1024, n_threads=2, max_sequences=1, kv_type=kv_type)
+        draft = DraftModel.load(folder / "wide.gguf", target, 1, most, kv_type=kv_type) if most else None
+        target.run = recorded(target.run, steps)
+        with Engine(target, draft=draft) as engine:
+            text, samples, done = engine.submit(Request(prompt=prompt, sampling=params, n_predict=300)).result()
+        found.append((text, samples, done.reason))
+    assert found[0] == found[1]
+    assert max(steps[-10:]) == longest
 
 
 @pytest.mark.parametrize("name", ["gemma.gguf", "other.gguf"])

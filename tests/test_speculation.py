@@ -75,6 +75,17 @@ def test_repetition_takes_fewer_steps() -> None:
     assert steps[1] < steps[0] / 4
 
 
+@pytest.mark.parametrize(("n_exact", "longest"), [(100, 65), (32, 32), (1, 1)])
+def test_guesses_are_as_long_as_a_run_is_exact(n_exact: int, longest: int) -> None:
+    """Up to what was asked for: 64."""
+    params = SamplingParams(temperature=0.0, grammar='root ::= "abcdefgh "*', ignore_eos=True)
+    model = FakeModel(n_ctx=1024, n_batch=100, n_exact=n_exact)
+    with Engine(model, n_lookup=64) as engine:
+        text = engine.submit(Request(prompt=(97,), sampling=params, n_predict=400)).result()[0]
+    assert text == ("abcdefgh " * 45)[:400]
+    assert max(sum(batch) for batch in model.batches) == longest
+
+
 def test_guesses_need_room_in_the_batch() -> None:
     requests = random_requests(1, 6)
     with Engine(FakeModel(n_ctx=512, n_batch=5), 2, n_lookup=6) as engine:

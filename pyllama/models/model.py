@@ -30,6 +30,7 @@ ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "gemma3": gemma3}
 
 KV_TYPES = {"f32": lib.PL_KV_F32, "f16": lib.PL_KV_F16, "q8_0": lib.PL_KV_Q8_0, "q4_0": lib.PL_KV_Q4_0}
 """What keys and values can be kept as. The quantized ones are GGUF's: 32 elements of a head share a scale."""
+_QUANTIZED = ("q8_0", "q4_0")
 _SPARE_BLOCKS = 2  # beyond n_ctx: room for a copied block and for a partly filled one
 
 
@@ -63,6 +64,9 @@ class Model:
         self.n_bytes = sum(info.n_bytes for info in gguf.tensors.values())
         self.n_ctx, self.n_batch, self.max_outputs, self.max_sequences = n_ctx, n_batch, n_batch, max_sequences
         self.n_blocks = -(-n_ctx // BLOCK_TOKENS) + _SPARE_BLOCKS
+        self.n_exact = min(n_batch, 32) if kv_types[1] in _QUANTIZED else n_batch
+        """So many new tokens of a sequence get in one run what they would get one by one, to the last bit. Longer pieces may read
+        quantized values otherwise (see c_core/src/attention.h)."""
         self.n_threads, self.n_threads_batch = n_threads, n_threads_batch
         self.pool = pool
         graph = Graph()

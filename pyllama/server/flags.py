@@ -369,7 +369,13 @@ FLAGS = (
         Path,
         "FNAME",
     ),
-    Flag(("--draft", "--draft-max"), "LLAMA_ARG_DRAFT_MAX", "most tokens of a guess; above 31 counts as 31", 8, _integer(1, 64)),
+    Flag(
+        ("--draft", "--draft-max"),
+        "LLAMA_ARG_DRAFT_MAX",
+        "most tokens of a guess; no more than 31 with a quantized -ctv",
+        8,
+        _integer(1, 64),
+    ),
     Flag(("--log-format",), "LLAMA_ARG_LOG_FORMAT", "text or json", "text", _choice("text", "json"), "FORMAT"),
     Flag(("-v", "--verbose"), "LLAMA_ARG_VERBOSE", "log more", False, bool),
     Flag(
