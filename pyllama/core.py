@@ -112,10 +112,17 @@ def create(function: Any, free: Any, *args: Any) -> Any:
 
 
 def cpu_name() -> str:
-    """Name of the kernel set that the core chose for this processor: ``scalar``, ``avx2``, ``avx_vnni``, ``avx512``,
-    ``avx512_bf16``, ``neon`` or ``neon_i8mm``; the environment variable ``PYLLAMA_CPU`` forces one
-    that the processor runs; any other name changes nothing."""
-    return ffi.string(lib.pl_cpu_name()).decode()
+    """Name of the kernel set that the core uses: ``scalar``, ``avx2``, ``avx_vnni``, ``avx512``, ``avx512_bf16``, ``neon`` or
+    ``neon_i8mm``. It is the best that this processor runs, or the one that the environment variable ``PYLLAMA_CPU`` names.
+
+    Raises:
+        CoreError: the variable names one that the processor does not run, or that does not exist.
+    """
+    error = ffi.new("pl_error *")
+    name = lib.pl_cpu_name(error)
+    if name == ffi.NULL:
+        raise failure(error)
+    return ffi.string(name).decode()
 
 
 def memory_nodes() -> list[int]:

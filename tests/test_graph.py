@@ -138,6 +138,14 @@ def test_the_core_wants_a_logit_for_each_token(n_rows: int) -> None:
             g.compile(**sizes)
 
 
+def test_the_core_refuses_a_program_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = Graph()
+    g.logits(g.select_outputs(g.embed(float_matrix("table", N_VOCAB, N_EMBD))), float_matrix("output", N_VOCAB, N_EMBD))
+    monkeypatch.setenv("PYLLAMA_CPU", "sse")
+    with pytest.raises(CoreError, match="no such kernels"):
+        g.compile(max_tokens=8, max_outputs=8, kv=ffi.NULL, pool=ThreadPool(1))
+
+
 def test_the_core_refuses_a_program_that_does_not_fit() -> None:
     table = float_matrix("table", N_VOCAB, N_EMBD).handle
     pool = ThreadPool(1)

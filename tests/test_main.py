@@ -162,6 +162,11 @@ def test_a_model_that_cannot_be_loaded(tmp_path, content, complaint):
     assert complaint in line and "bad.gguf" in line
 
 
+def test_kernels_that_cannot_be_had(model, monkeypatch):
+    monkeypatch.setenv("PYLLAMA_CPU", "sse")
+    assert "cannot be loaded: PYLLAMA_CPU is 'sse', but there are no such kernels: this processor runs" in failure("-m", model)
+
+
 def test_an_address_that_cannot_be_had(model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

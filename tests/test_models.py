@@ -13,6 +13,7 @@ from pyllama.core import CoreError
 from pyllama.models import Model, ModelError, SequenceInput, load
 from tests import tiny_models
 from tests.numpy_models import Reference
+from tests.test_products import kernel_sets
 
 TOKENS = [3, 17, 42, 7, 7, 99, 120, 5, 64, 33] * 5  # 50 tokens: more than a block
 
@@ -43,7 +44,7 @@ def test_logits_are_the_oracle_s(model: Model, tiny_path: Path) -> None:
     np.testing.assert_allclose(at_once(model, TOKENS), expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("cpu", ["scalar", "avx2", "avx_vnni"])
+@pytest.mark.parametrize("cpu", kernel_sets())
 def test_other_kernels_agree(tiny_path: Path, cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     best = at_once(load(tiny_path, n_ctx=128, kv_type="f32"), TOKENS)
     monkeypatch.setenv("PYLLAMA_CPU", cpu)
@@ -132,6 +133,8 @@ def test_far_into_a_context_nothing_that_runs_beside_changes_a_bit(
     make: Callable[..., None], cpu: str, kv_type: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone, in steps of guessed tokens, beside other sequences, with any number of threads; with windows and without."""
+    if cpu and cpu not in kernel_sets():
+        pytest.skip(f"this processor does not run {cpu}")
     monkeypatch.setenv("PYLLAMA_CPU", cpu)
     path = tmp_path / "tiny.gguf"
     make(path, n_embd=128, quant=quant)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -9,15 +11,17 @@ from pyllama.core import CoreError, call, cpu_name, create, ffi, lib
 from tests.tensors import QUANTIZED, TYPES, block_elements, dequantized, quantized_activations, random_tensor
 from tests.test_formats import new_weight
 
+KERNEL_SETS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm")
+
 
 def kernel_sets() -> list[str]:
     """Those that this processor runs."""
     with pytest.MonkeyPatch.context() as patch:
         found = []
-        for name in ("scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm"):
+        for name in KERNEL_SETS:
             patch.setenv("PYLLAMA_CPU", name)
-            if cpu_name() == name:
-                found.append(name)
+            with contextlib.suppress(CoreError):
+                found.append(cpu_name())
         return found
 
 
@@ -145,8 +149,27 @@ def test_impossible_numbers_of_tokens_are_refused(n_tokens):
         call(lib.pl_weight_product, weight, ffi.NULL, n_tokens, ffi.NULL, ffi.NULL)
 
 
-def test_an_unknown_kernel_set_is_not_used(monkeypatch):
+@pytest.mark.parametrize("name", ["no-such-set", "AVX2", "x" * 1000, *sorted({*KERNEL_SETS} - {*kernel_sets()})])
+def test_kernels_that_cannot_be_had_are_refused(monkeypatch, name):
+    """By whatever works with them, with the names of those that can be had."""
+    weight, x = new_weight("Q4_0", 16, 32, np.zeros(16 * 18, np.uint8)), np.zeros((1, 32), np.float32)
+    pool, rate = create(lib.pl_pool_new, lib.pl_pool_free, 1), ffi.new("double *")
+    monkeypatch.setenv("PYLLAMA_CPU", name)
+    why = "do not run here" if name in KERNEL_SETS else "no such kernels"
+    message = f"PYLLAMA_CPU is '{name[:40]}', but .*{why}: .* runs {', '.join(kernel_sets())}"
+    for use in (
+        cpu_name,
+        lambda: product(weight, 16, x),
+        lambda: create(lib.pl_kv_new, lib.pl_kv_free, 1, 1, 1, 32, 0, 0),
+        lambda: call(lib.pl_measure_int8_rate, pool, 0, 0.0, rate),
+        lambda: call(lib.pl_measure_read_bandwidth, pool, 0, 1 << 20, 0.0, rate),
+    ):
+        with pytest.raises(CoreError, match=message):
+            use()
+
+
+def test_no_name_is_the_best_kernels(monkeypatch):
     monkeypatch.delenv("PYLLAMA_CPU", raising=False)
     best = cpu_name()
-    monkeypatch.setenv("PYLLAMA_CPU", "no-such-set")
+    monkeypatch.setenv("PYLLAMA_CPU", "")
     assert cpu_name() == best

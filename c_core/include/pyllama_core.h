@@ -28,9 +28,10 @@ typedef struct pl_error {
 
 /* ---- the machine -------------------------------------------------------------------------------------------------- */
 
-/* Name of the kernel set in use: "scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm". The
- * environment variable PYLLAMA_CPU forces one (a set that this processor cannot run is refused and the best one is used). */
-const char *pl_cpu_name(void);
+/* Name of the kernel set in use: "scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm". It is the best that
+ * this processor runs, or the one that the environment variable PYLLAMA_CPU names (empty: none). If the variable says anything
+ * else, this fails (NULL), and so does whatever needs kernels. */
+const char *pl_cpu_name(pl_error *err);
 
 /* Spreads the pages that this thread, and threads that it starts from now on, touch first evenly over memory nodes. */
 int32_t pl_interleave_memory(const int32_t *nodes, int32_t n_nodes, pl_error *err);

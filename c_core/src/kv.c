@@ -40,12 +40,13 @@ PL_API pl_kv *pl_kv_new(int32_t n_layers, int32_t n_blocks, int32_t n_head_kv, i
         pl_fail(err, "the key/value pool would be larger than 2^46 bytes");
         return NULL;
     }
-    pl_kv *kv = pl_alloc(sizeof *kv, err);
+    const pl_cpu_set *cpu = pl_cpu_wanted(err);
+    pl_kv *kv = cpu ? pl_alloc(sizeof *kv, err) : NULL;
     if (!kv) {
         return NULL;
     }
     *kv = (pl_kv){n_layers, n_blocks, n_head_kv, head_dim, key_type, value_type, key_bytes, value_bytes, NULL, NULL,
-                  both * n_blocks * n_layers, pl_cpu()->kernels->halve};
+                  both * n_blocks * n_layers, cpu->kernels->halve};
     /* Mapped, not allocated: blocks that are never written take no memory. */
     void *p = mmap(NULL, (size_t)kv->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {

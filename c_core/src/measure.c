@@ -78,7 +78,11 @@ PL_API int32_t pl_measure_read_bandwidth(pl_pool *pool, int32_t n_threads, int64
     if (bytes < PIECE || bytes / PIECE > 1 << 20) {
         return pl_fail(err, "%lld bytes are not a size to measure with", (long long)bytes);
     }
-    pass p = {.kernels = pl_cpu()->kernels, .n_pieces = bytes / PIECE};
+    const pl_cpu_set *cpu = pl_cpu_wanted(err);
+    if (!cpu) {
+        return -1;
+    }
+    pass p = {.kernels = cpu->kernels, .n_pieces = bytes / PIECE};
     const size_t size = (size_t)p.n_pieces * PIECE;
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) {
@@ -99,7 +103,11 @@ PL_API int32_t pl_measure_int8_rate(pl_pool *pool, int32_t n_threads, double sec
         return -1;
     }
     enum { LONG_ENOUGH_MS = 5 };
-    pass p = {.kernels = pl_cpu()->kernels, .rounds = 1};
+    const pl_cpu_set *cpu = pl_cpu_wanted(err);
+    if (!cpu) {
+        return -1;
+    }
+    pass p = {.kernels = cpu->kernels, .rounds = 1};
     while (timed(pool, n_threads, multiply_add, &p) < 1e-3 * LONG_ENOUGH_MS) {
         p.rounds *= 2;
     }

@@ -417,7 +417,8 @@ PL_API pl_program *pl_program_new(const pl_op *ops, int32_t n_ops, const pl_valu
         pl_fail(err, "a program's sizes are out of range");
         return NULL;
     }
-    pl_program *p = pl_alloc(sizeof *p, err);
+    const pl_cpu_set *cpu = pl_cpu_wanted(err);
+    pl_program *p = cpu ? pl_alloc(sizeof *p, err) : NULL;
     if (!p) {
         return NULL;
     }
@@ -428,7 +429,7 @@ PL_API pl_program *pl_program_new(const pl_op *ops, int32_t n_ops, const pl_valu
     p->max_outputs = max_outputs;
     p->kv = kv;
     p->pool = pool;
-    p->cpu = pl_cpu();
+    p->cpu = cpu;
     p->ops = copy_of(ops, sizeof *ops * (size_t)n_ops, err);
     p->values = copy_of(values, sizeof *values * (size_t)n_values, err);
     p->counters = pl_alloc(sizeof *p->counters * (size_t)n_ops, err);
@@ -556,7 +557,10 @@ PL_API int32_t pl_weight_product(const pl_weight *w, const float *x, int32_t n_t
     if (n_tokens < 1 || n_tokens > 1 << 20) {
         return pl_fail(err, "a product with %d tokens was asked for", n_tokens);
     }
-    pl_product_job job = {.w = w, .cpu = pl_cpu(), .x = x, .n = n_tokens, .out = out};
+    pl_product_job job = {.w = w, .cpu = pl_cpu_wanted(err), .x = x, .n = n_tokens, .out = out};
+    if (!job.cpu) {
+        return -1;
+    }
     if (!pl_format_is_float(w->format)) {
         job.q8 = pl_alloc((size_t)pl_q8_bytes((int32_t)w->n_cols, n_tokens), err);
         if (!job.q8) {

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from pyllama import tokenizer as tokenizers
-from pyllama.core import BLOCK_TOKENS, CoreError, ThreadPool, call, create, failure, ffi, lib
+from pyllama.core import BLOCK_TOKENS, CoreError, ThreadPool, call, cpu_name, create, failure, ffi, lib
 from pyllama.gguf import GGUFFile
 from pyllama.graph import Graph
 from pyllama.models import gemma3, llama
@@ -230,7 +230,7 @@ def load(
 
     Raises:
         GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
-        CoreError: memory or threads were refused.
+        CoreError: memory or threads were refused, or the kernels that ``PYLLAMA_CPU`` names.
         OSError: the file cannot be opened.
         ValueError: an argument is out of range.
     """
@@ -243,6 +243,7 @@ def load(
     n_threads = n_threads or os.cpu_count() or 1
     n_threads_batch = n_threads_batch or n_threads
     path = Path(path)
+    cpu_name()  # raises before anything takes time
     pool = pool or ThreadPool(max(n_threads, n_threads_batch))
     with GGUFFile.open(path, mmap=mmap) as gguf:
         name = gguf.require("general.architecture", str)

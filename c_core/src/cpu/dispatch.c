@@ -1,6 +1,7 @@
 /* dispatch.c - which kernels this processor gets. */
 #include "kernels.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -58,21 +59,60 @@ static const candidate candidates[] = {
     {runs_anywhere, {"scalar", &pl_kernels_scalar, &pl_attention_scalar, pl_exp_sum_scalar}},
 };
 
-const pl_cpu_set *pl_cpu(void) {
-    const char *wanted = getenv("PYLLAMA_CPU");
-    const pl_cpu_set *best = NULL;
-    for (size_t i = 0; i < sizeof candidates / sizeof *candidates; i++) {
-        if (!candidates[i].runs()) {
-            continue;
-        }
-        if (wanted && strcmp(wanted, candidates[i].set.name) == 0) {
+enum { N_CANDIDATES = sizeof candidates / sizeof *candidates };
+
+/* All there are, of whatever processor. */
+static const char *const names[] = {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm"};
+
+enum { N_NAMES = sizeof names / sizeof *names };
+
+/* The set of this name, or the best one (NULL); NULL if the processor does not run it. */
+static const pl_cpu_set *set_of(const char *name) {
+    for (int32_t i = 0; i < N_CANDIDATES; i++) {
+        if ((!name || strcmp(name, candidates[i].set.name) == 0) && candidates[i].runs()) {
             return &candidates[i].set;
         }
-        if (!best) {
-            best = &candidates[i].set;
-        }
     }
-    return best;
+    return NULL;
 }
 
-PL_API const char *pl_cpu_name(void) { return pl_cpu()->name; }
+/* NULL: any. */
+static const char *wanted_name(void) {
+    const char *name = getenv("PYLLAMA_CPU");
+    return name && *name ? name : NULL;
+}
+
+static void append_name(char *list, size_t size, const char *name) {
+    const size_t n = strlen(list);
+    snprintf(list + n, size - n, "%s%s", n ? ", " : "", name);
+}
+
+static void refuse(const char *wanted, pl_error *err) {
+    char running[96] = "", others[96] = "";
+    bool exists = false;
+    for (int32_t i = 0; i < N_NAMES; i++) {
+        append_name(set_of(names[i]) ? running : others, sizeof running, names[i]);
+        exists |= strcmp(wanted, names[i]) == 0;
+    }
+    pl_fail(err, "PYLLAMA_CPU is '%.40s', but %s: this processor runs %s, and not %s", wanted,
+            exists ? "these kernels do not run here" : "there are no such kernels", running, others);
+}
+
+const pl_cpu_set *pl_cpu_wanted(pl_error *err) {
+    const char *wanted = wanted_name();
+    const pl_cpu_set *set = set_of(wanted);
+    if (!set) {
+        refuse(wanted, err);
+    }
+    return set;
+}
+
+const pl_cpu_set *pl_cpu(void) {
+    const pl_cpu_set *set = set_of(wanted_name());
+    return set ? set : set_of(NULL);
+}
+
+PL_API const char *pl_cpu_name(pl_error *err) {
+    const pl_cpu_set *set = pl_cpu_wanted(err);
+    return set ? set->name : NULL;
+}

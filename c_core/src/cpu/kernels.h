@@ -82,7 +82,9 @@ typedef struct pl_cpu_set {
     pl_exp_sum exp_sum;
 } pl_cpu_set;
 
-/* The set in use: the best that this processor runs, or the one that PYLLAMA_CPU names. */
+/* The set in use: the one that PYLLAMA_CPU names, or the best that this processor runs. Where the variable names none that it
+ * runs, the first function fails, for whoever makes something that works with a set; the second one takes the best. */
+const pl_cpu_set *pl_cpu_wanted(pl_error *err);
 const pl_cpu_set *pl_cpu(void);
 
 #endif
