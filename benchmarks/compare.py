@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # so that a checkout needs no installation
 
 from pyllama.bench import Costs, Machine, Workload, measure_machine  # noqa: E402
 from pyllama.core import ThreadPool  # noqa: E402
+from pyllama.gguf import GGUFFile  # noqa: E402
 
 DEFAULT_WORK = ("p512", "n64")
 _BATCH = 512
@@ -228,7 +229,8 @@ def turn_in_a_process(args: argparse.Namespace, model: Path, engine: str) -> lis
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode and (engine == "pyllama" or not lines):
-        raise RuntimeError(f"{engine} failed: {done.stderr.strip()[-300:]}")
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise RuntimeError(f"{engine} failed: {said[-1]}")
     return lines
 
 
@@ -361,9 +363,15 @@ def main() -> int:
         turn(args)
         return 0
     try:
+        for model in args.model:
+            GGUFFile.open(model).close()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         comparisons = [compare(args, model) for model in args.model]
     except RuntimeError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(comparisons, indent=2) if args.json else "\n\n".join(table(c) for c in comparisons))
     if args.plot:

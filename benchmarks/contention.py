@@ -58,7 +58,11 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of each turn (%(default)s)")
     args = parser.parse_args()
-    model = models.load(args.model, n_ctx=_POSITIONS, n_threads=args.threads)
+    try:
+        model = models.load(args.model, n_ctx=_POSITIONS, n_threads=args.threads)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     seconds_of_steps(model, 0.5)
     n_cores = os.cpu_count() or 1
     numbers = sorted({0, 1, n_cores // 2, n_cores})

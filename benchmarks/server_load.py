@@ -154,10 +154,10 @@ def running_server(flags: Sequence[str]) -> Iterator[tuple[str, int]]:
             log.append(line)
             if match := re.search(r"listening on http://([\d.]+):(\d+)", line):
                 address = match[1], int(match[2])
-            if "is ready" in line:
+            if address and "is ready" in line:
                 break
-        if address is None or process.poll() is not None:
-            raise RuntimeError("the server did not start: " + "".join(log))
+        else:
+            raise RuntimeError(f"the server ended: {log[-1].strip() if log else f'status {process.wait()}'}")
         threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never fills the pipe
         yield address
     finally:

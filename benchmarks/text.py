@@ -254,11 +254,17 @@ def main() -> int:
     parser.add_argument("-n", "--tokens", type=int, default=128, help="tokens to generate where steps are measured")
     parser.add_argument("--child", choices=("load", "token"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child:
+        (load_once if args.child == "load" else first_token)(args.model[0])
+        return 0
+    try:
+        for path in args.model:
+            load(path).close()  # before anything is measured
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for path in args.model:
-        if args.child:
-            (load_once if args.child == "load" else first_token)(path)
-        else:
-            report(path, args)
+        report(path, args)
     return 0
 
 

@@ -151,6 +151,23 @@ def test_table_of_a_comparison():
     assert "2.00 x" in text.splitlines()[-1] and "12 %" in text.splitlines()[-1]
 
 
+@pytest.mark.parametrize("content", [None, b"no model at all"], ids=["no file", "no model"])
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("bench -m", 1), ("compare -m", 2), ("contention -m", 2), ("server_load --no-engine -m", 1), ("text", 2)],
+)
+def test_a_model_that_cannot_be_used(tmp_path, script, status, content):
+    """One line says so."""
+    path, (name, *options) = tmp_path / "some.gguf", script.split()
+    if content:
+        path.write_bytes(content)
+    command = [sys.executable, COMPARE.with_name(f"{name}.py"), *options, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (status, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and str(path) in line
+
+
 def test_contention(llama):
     """Generation beside busy loops: a line for each number of them."""
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "contention.py"
