@@ -35,6 +35,24 @@ typedef struct pl_format {
     int16_t d_at, m_at; /* where in a block the halves D (d) and dmin (m) are; -1: there is none */
 } pl_format;
 
+/* F(...) for each format: the members of its pl_format. */
+#define PL_FLOAT_FORMATS(F)                                                                                                 \
+    F(PL_F32, 1, 4, 0, -1, -1, 0, 0, PL_SCALES_NONE, -1, -1)                                                                \
+    F(PL_F16, 1, 2, 0, -1, -1, 0, 0, PL_SCALES_NONE, -1, -1)                                                                \
+    F(PL_BF16, 1, 2, 0, -1, -1, 0, 0, PL_SCALES_NONE, -1, -1)
+/*    type   elements bytes low two one sub off scales d m */
+#define PL_QUANTIZED_FORMATS(F)                                                                                             \
+    F(PL_Q4_0, 32, 18, 4, -1, -1, 32, 8, PL_SCALES_D, 0, -1)                                                                \
+    F(PL_Q4_1, 32, 20, 4, -1, -1, 32, 0, PL_SCALES_DM, 0, 2)                                                                \
+    F(PL_Q5_0, 32, 22, 4, -1, 4, 32, 16, PL_SCALES_D, 0, -1)                                                                \
+    F(PL_Q5_1, 32, 24, 4, -1, 4, 32, 0, PL_SCALES_DM, 0, 2)                                                                 \
+    F(PL_Q8_0, 32, 34, 8, -1, -1, 32, 128, PL_SCALES_D, 0, -1)                                                              \
+    F(PL_Q2_K, 256, 84, 0, 0, -1, 16, 0, PL_SCALES_K16M, 80, 82)                                                            \
+    F(PL_Q3_K, 256, 110, 0, 0, 2, 16, 4, PL_SCALES_K16, 108, -1)                                                            \
+    F(PL_Q4_K, 256, 144, 4, -1, -1, 32, 0, PL_SCALES_K32, 0, 2)                                                             \
+    F(PL_Q5_K, 256, 176, 4, -1, 4, 32, 0, PL_SCALES_K32, 0, 2)                                                              \
+    F(PL_Q6_K, 256, 210, 4, 4, -1, 16, 32, PL_SCALES_K16, 208, -1)
+
 /* The format of a type, or NULL. */
 const pl_format *pl_format_of(int32_t type);
 

@@ -1,16 +1,13 @@
 /* weights.c - panels: see weights.h. */
 #include "weights.h"
 
+#include "cpu/kernels.h"
 #include "pool.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 /* ---- arenas -------------------------------------------------------------------------------------------------------- */
 
@@ -72,23 +69,6 @@ static uint8_t *arena_take(pl_arena *arena, int64_t bytes, pl_error *err) {
 
 /* ---- re-laying ----------------------------------------------------------------------------------------------------- */
 
-/* Where the parts that belong to a group begin in a panel. */
-typedef struct place {
-    int64_t head, line, codes;
-} place;
-
-static inline place place_of(const pl_format *f, int64_t group) {
-    /* One or two groups to a line: shifts, since divisions would take longer than a group. */
-    const int shift = pl_line_groups(f->scales) - 1;
-    const int64_t code_bytes = pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
-    const int64_t line_bytes = PL_LINE_BYTES + (code_bytes << shift);
-    const int64_t heads = pl_has_heads(f->scales) ? (int64_t)((uint64_t)group / PL_HEAD_GROUPS) + 1 : 0;
-    const int64_t line = (group >> shift) * line_bytes + heads * PL_LINE_BYTES;
-    const int64_t lines_since_head = (int64_t)((uint64_t)group % PL_HEAD_GROUPS) >> shift;
-    return (place){line - lines_since_head * line_bytes - PL_LINE_BYTES, line,
-                   line + PL_LINE_BYTES + (group & shift) * code_bytes};
-}
-
 static void lay_out(pl_weight *w) {
     const pl_format *f = w->format;
     if (pl_format_is_float(f)) {
@@ -96,7 +76,7 @@ static void lay_out(pl_weight *w) {
         return;
     }
     const int64_t groups = pl_round_up(w->n_cols / PL_GROUP, pl_line_groups(f->scales));
-    w->panel_bytes = place_of(f, groups - 1).codes + pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
+    w->panel_bytes = pl_place_of(f, groups - 1).codes + pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
 }
 
 /* `out`: where the group's codes begin. */
@@ -143,7 +123,7 @@ static void put_codes(const pl_format *f, uint8_t *out, int row, const uint8_t c
 static void put_scales(const pl_format *f, uint8_t *panel, int64_t group, int row, const uint8_t *block) {
     uint16_t d, m;
     pl_format_halves(f, block, &d, &m);
-    const place first = place_of(f, group);
+    const pl_place first = pl_place_of(f, group);
     if (f->scales == PL_SCALES_D) {
         memcpy(panel + first.line + (group % 2 * PL_PANEL_ROWS + row) * 2, &d, 2);
         return;
@@ -155,7 +135,7 @@ static void put_scales(const pl_format *f, uint8_t *panel, int64_t group, int ro
         int32_t scale, min;
         pl_format_factors(f, block, j, &scale, &min);
         const int64_t g = j / (PL_GROUP / f->sub), part = j % (PL_GROUP / f->sub);
-        uint8_t *factors = panel + place_of(f, group + g).line + (g % 2 * 2 + part) * PL_PANEL_ROWS + row;
+        uint8_t *factors = panel + pl_place_of(f, group + g).line + (g % 2 * 2 + part) * PL_PANEL_ROWS + row;
         if (f->scales == PL_SCALES_K32) {
             factors[0] = (uint8_t)scale;
             factors[PL_PANEL_ROWS] = (uint8_t)min;
@@ -165,27 +145,16 @@ static void put_scales(const pl_format *f, uint8_t *panel, int64_t group, int ro
     }
 }
 
-typedef struct relay_job {
-    pl_weight *w;
-    const uint8_t *data;
-    atomic_int next;
-} relay_job;
+static int64_t row_bytes(const pl_weight *w) { return w->n_cols / w->format->block_elements * w->format->block_bytes; }
 
-/* Row by row: for the last panel, which may have fewer rows, and for tests of the faster way. */
-void pl_relay_rows(pl_weight *w, const uint8_t *data, int64_t panel) {
+void pl_relay_rows(const pl_weight *w, const uint8_t *data, int64_t n_rows, uint8_t *panel) {
     const pl_format *f = w->format;
-    const int64_t row_bytes = w->n_cols / f->block_elements * f->block_bytes;
-    uint8_t *out = w->panels + panel * w->panel_bytes;
-    for (int row = 0; row < PL_PANEL_ROWS; row++) {
-        const int64_t r = panel * PL_PANEL_ROWS + row;
-        if (r >= w->n_rows) {
-            return; /* fresh mapped memory is zero */
-        }
-        const uint8_t *source = data + r * row_bytes;
+    for (int row = 0; row < n_rows; row++) {
+        const uint8_t *source = data + row * row_bytes(w);
         if (pl_format_is_float(f)) {
             const int size = f->block_bytes;
             for (int64_t c = 0; c < w->n_cols; c++) {
-                memcpy(out + (c * PL_PANEL_ROWS + row) * size, source + c * size, (size_t)size);
+                memcpy(panel + (c * PL_PANEL_ROWS + row) * size, source + c * size, (size_t)size);
             }
             continue;
         }
@@ -194,288 +163,39 @@ void pl_relay_rows(pl_weight *w, const uint8_t *data, int64_t panel) {
             for (int g = 0; g < groups_per_block; g++) {
                 uint8_t codes[PL_GROUP];
                 pl_format_codes(f, source, g, codes);
-                put_codes(f, out + place_of(f, group + g).codes, row, codes);
+                put_codes(f, panel + pl_place_of(f, group + g).codes, row, codes);
             }
-            put_scales(f, out, group, row, source);
+            put_scales(f, panel, group, row, source);
         }
     }
 }
 
-/*
- * All rows of a panel at once. Four neighbouring bytes of each row make 16 lanes of 32 bits, in which codes are taken
- * apart and put together; compilers make vectors of loops over them.
- */
-typedef uint32_t lanes[PL_PANEL_ROWS];
-
-#define EACH_LANE for (int lane = 0; lane < PL_PANEL_ROWS; lane++)
-
-typedef struct rows {
-    const uint8_t *at[PL_PANEL_ROWS]; /* the same block of each row */
-} rows;
-
-static inline void load_lanes(const rows *source, int offset, lanes out) {
-    EACH_LANE { memcpy(&out[lane], source->at[lane] + offset, 4); }
-}
-
-/* 16 bytes of each row. */
-static inline void load_four(const rows *source, int offset, lanes out[4]) {
-#if defined(__SSE2__)
-    for (int row = 0; row < PL_PANEL_ROWS; row += 4) { /* compilers make something slower of the loop below */
-        __m128i r[4];
-        for (int i = 0; i < 4; i++) {
-            r[i] = _mm_loadu_si128((const __m128i *)(source->at[row + i] + offset));
-        }
-        const __m128i low01 = _mm_unpacklo_epi32(r[0], r[1]), low23 = _mm_unpacklo_epi32(r[2], r[3]);
-        const __m128i high01 = _mm_unpackhi_epi32(r[0], r[1]), high23 = _mm_unpackhi_epi32(r[2], r[3]);
-        _mm_storeu_si128((__m128i *)&out[0][row], _mm_unpacklo_epi64(low01, low23));
-        _mm_storeu_si128((__m128i *)&out[1][row], _mm_unpackhi_epi64(low01, low23));
-        _mm_storeu_si128((__m128i *)&out[2][row], _mm_unpacklo_epi64(high01, high23));
-        _mm_storeu_si128((__m128i *)&out[3][row], _mm_unpackhi_epi64(high01, high23));
-    }
-#else
-    for (int i = 0; i < 4; i++) {
-        load_lanes(source, offset + 4 * i, out[i]);
-    }
-#endif
-}
-
-/* Shifted and masked bits of 32 bytes. */
-static inline void load_bits(const rows *source, int offset, int shift, uint32_t mask, lanes codes[8]) {
-    load_four(source, offset, codes);
-    load_four(source, offset + 16, codes + 4);
-    for (int i = 0; i < 8; i++) {
-        EACH_LANE { codes[i][lane] = codes[i][lane] >> shift & mask; }
-    }
-}
-
-/* The nibbles of 16 bytes: the low ones come first. */
-static inline void load_nibbles(const rows *source, int offset, lanes codes[8]) {
-    load_four(source, offset, codes);
-    for (int i = 0; i < 4; i++) {
-        EACH_LANE {
-            codes[i + 4][lane] = codes[i][lane] >> 4 & 0x0f0f0f0fu;
-            codes[i][lane] &= 0x0f0f0f0fu;
-        }
-    }
-}
-
-/* Adds `mask`ed bits of other bytes above those in `codes`: 32 bytes, of which each has the bits of several groups. */
-static inline void add_bits(const rows *source, int offset, int shift, uint32_t mask, int above, lanes codes[8]) {
-    lanes bits[8];
-    load_four(source, offset, bits);
-    load_four(source, offset + 16, bits + 4);
-    for (int i = 0; i < 8; i++) {
-        EACH_LANE { codes[i][lane] |= (bits[i][lane] >> shift & mask) << above; }
-    }
-}
-
-/* Spreads four bits of each lane over its bytes, as bit 4. */
-static inline void add_fifth_bits(const rows *source, int offset, lanes codes[8]) {
-    lanes bits;
-    load_lanes(source, offset, bits);
-    for (int i = 0; i < 8; i++) { /* bit j of the nibble goes to 8j: 1 + 2^7 + 2^14 + 2^21 shifts it there */
-        EACH_LANE { codes[i][lane] |= ((bits[lane] >> 4 * i & 15) * 0x00204081u & 0x01010101u) << 4; }
-    }
-}
-
-/* The same codes as pl_format_codes: column 4i + j is byte j of codes[i]. */
-static inline void load_codes(int32_t type, const rows *source, int group, lanes codes[8]) {
-    const uint32_t nibbles = 0x0f0f0f0fu, twos = 0x03030303u, ones = 0x01010101u;
-    const int half = group / 4, quarter = group % 4;
-    switch (type) {
-    case PL_Q4_0:
-        load_nibbles(source, 2, codes);
-        break;
-    case PL_Q4_1:
-        load_nibbles(source, 4, codes);
-        break;
-    case PL_Q5_0:
-        load_nibbles(source, 6, codes);
-        add_fifth_bits(source, 2, codes);
-        break;
-    case PL_Q5_1:
-        load_nibbles(source, 8, codes);
-        add_fifth_bits(source, 4, codes);
-        break;
-    case PL_Q8_0:
-        load_bits(source, 2, 0, UINT32_MAX, codes);
-        for (int i = 0; i < 8; i++) {
-            EACH_LANE { codes[i][lane] ^= 0x80808080u; }
-        }
-        break;
-    case PL_Q2_K:
-        load_bits(source, 16 + 32 * half, 2 * quarter, twos, codes);
-        break;
-    case PL_Q3_K:
-        load_bits(source, 32 + 32 * half, 2 * quarter, twos, codes);
-        add_bits(source, 0, group, ones, 2, codes);
-        break;
-    case PL_Q4_K:
-        load_bits(source, 16 + 32 * (group / 2), 4 * (group % 2), nibbles, codes);
-        break;
-    case PL_Q5_K:
-        load_bits(source, 48 + 32 * (group / 2), 4 * (group % 2), nibbles, codes);
-        add_bits(source, 16, group, ones, 4, codes);
-        break;
-    default: /* PL_Q6_K */
-        load_bits(source, 64 * half + 32 * (quarter % 2), 4 * (quarter / 2), nibbles, codes);
-        add_bits(source, 128 + 32 * half, 2 * quarter, twos, 4, codes);
-        break;
-    }
-}
-
-static inline void store_lanes(uint8_t *out, const lanes values) { memcpy(out, values, sizeof(lanes)); }
-
-/* What put_codes does for one row. */
-static inline void store_codes(const pl_format *f, uint8_t *out, lanes codes[8]) {
-    const int low_shift = f->two_shift >= 0 ? f->two_shift : f->one_shift >= 0 ? f->one_shift : 8;
-    const uint32_t low_mask = (low_shift < 8 ? (1u << low_shift) - 1 : 255u) * 0x01010101u;
-    for (int i = 0; f->low_bits == 8 && i < 8; i++) {
-        store_lanes(out + i * (int)sizeof(lanes), codes[i]);
-    }
-    for (int i = 0; f->low_bits == 4 && i < 4; i++) {
-        lanes low;
-        EACH_LANE { low[lane] = (codes[i][lane] & low_mask) | (codes[i + 4][lane] & low_mask) << 4; }
-        store_lanes(out + i * (int)sizeof(lanes), low);
-    }
-    for (int h = 0; f->two_shift >= 0 && h < 2; h++) {
-        lanes two = {0};
-        for (int i = 0; i < 4; i++) {
-            EACH_LANE { two[lane] |= (codes[4 * h + i][lane] >> f->two_shift & 0x03030303u) << 2 * i; }
-        }
-        store_lanes(out + pl_two_at(f->low_bits) + h * (int)sizeof(lanes), two);
-    }
-    if (f->one_shift >= 0) {
-        lanes one = {0};
-        for (int i = 0; i < 8; i++) {
-            EACH_LANE { one[lane] |= (codes[i][lane] >> f->one_shift & 0x01010101u) << i; }
-        }
-        store_lanes(out + pl_one_at(f->low_bits, f->two_shift), one);
-    }
-}
-
-static inline void load_halves(const rows *source, int offset, uint8_t *out) {
-    EACH_LANE { memcpy(out + 2 * lane, source->at[lane] + offset, 2); }
-}
-
-/* The factors of a K format's blocks, four to a lane, as they are kept in a panel; what Q4_K and Q5_K have in `mins` the
- * other formats have not. */
-static inline void load_factors(int32_t type, const rows *source, lanes factors[4], lanes mins[2]) {
-    lanes s[3];
-    switch (type) {
-    case PL_Q2_K:
-    case PL_Q6_K:
-        load_four(source, type == PL_Q2_K ? 0 : 192, factors);
-        return;
-    case PL_Q3_K:
-        for (int i = 0; i < 3; i++) {
-            load_lanes(source, 96 + 4 * i, s[i]);
-        }
-        for (int i = 0; i < 4; i++) { /* six bits less 32, without a borrow between the bytes */
-            EACH_LANE {
-                const uint32_t low = s[i % 2][lane] >> 4 * (i / 2) & 0x0f0f0f0fu, high = s[2][lane] >> 2 * i & 0x03030303u;
-                factors[i][lane] = ((low | high << 4 | 0x80808080u) - 0x20202020u) ^ 0x80808080u;
-            }
-        }
-        return;
-    default: /* PL_Q4_K, PL_Q5_K */
-        for (int i = 0; i < 3; i++) {
-            load_lanes(source, 4 + 4 * i, s[i]);
-        }
-        EACH_LANE {
-            factors[0][lane] = s[0][lane] & 0x3f3f3f3fu;
-            factors[1][lane] = (s[2][lane] & 0x0f0f0f0fu) | (s[0][lane] >> 2 & 0x30303030u);
-            mins[0][lane] = s[1][lane] & 0x3f3f3f3fu;
-            mins[1][lane] = (s[2][lane] >> 4 & 0x0f0f0f0fu) | (s[1][lane] >> 2 & 0x30303030u);
-        }
-        return;
-    }
-}
-
-/* Byte `j` of numbers that are four to a lane. */
-static inline void store_bytes(uint8_t *out, lanes numbers[], int64_t j) {
-    EACH_LANE { out[lane] = (uint8_t)(numbers[j / 4][lane] >> 8 * (j % 4)); }
-}
-
-/* What put_scales does for one row. */
-static inline void store_scales(const pl_format *f, uint8_t *panel, int64_t group, const rows *source) {
-    const place first = place_of(f, group);
-    if (f->scales == PL_SCALES_D) {
-        load_halves(source, f->d_at, panel + first.line + group % 2 * 2 * PL_PANEL_ROWS);
-        return;
-    }
-    uint8_t *halves = panel + (f->scales == PL_SCALES_DM ? first.line : first.head);
-    load_halves(source, f->d_at, halves);
-    if (f->m_at >= 0) {
-        load_halves(source, f->m_at, halves + 2 * PL_PANEL_ROWS);
-    }
-    if (f->scales == PL_SCALES_DM) {
-        return;
-    }
-    lanes factors[4], mins[2];
-    load_factors(f->type, source, factors, mins);
-    for (int j = 0; j < 256 / f->sub; j++) {
-        const int64_t g = j / (PL_GROUP / f->sub), part = j % (PL_GROUP / f->sub);
-        uint8_t *out = panel + place_of(f, group + g).line + (g % 2 * 2 + part) * PL_PANEL_ROWS;
-        store_bytes(out, factors, j);
-        if (f->scales == PL_SCALES_K32) {
-            store_bytes(out + PL_PANEL_ROWS, mins, j);
-        }
-    }
-}
-
-static void relay_floats(uint8_t *out, const rows *source, int64_t n_cols, int size) {
-    for (int64_t c = 0; c < n_cols; c++, out += PL_PANEL_ROWS * size) {
-        if (size == 4) {
-            EACH_LANE { memcpy(out + 4 * lane, source->at[lane] + 4 * c, 4); }
-        } else {
-            EACH_LANE { memcpy(out + 2 * lane, source->at[lane] + 2 * c, 2); }
-        }
-    }
-}
-
-void pl_relay_panel(pl_weight *w, const uint8_t *data, int64_t panel) {
-    const pl_format *f = w->format;
-    const int64_t row_bytes = w->n_cols / f->block_elements * f->block_bytes, first = panel * PL_PANEL_ROWS;
-    uint8_t *out = w->panels + panel * w->panel_bytes;
-    if (first + PL_PANEL_ROWS > w->n_rows) {
-        pl_relay_rows(w, data, panel);
-        return;
-    }
-    rows source;
-    EACH_LANE { source.at[lane] = data + (first + lane) * row_bytes; }
-    if (pl_format_is_float(f)) {
-        relay_floats(out, &source, w->n_cols, f->block_bytes);
-        return;
-    }
-    const int groups_per_block = f->block_elements / PL_GROUP;
-    const uint8_t *ahead = source.at[0] + PL_PANEL_ROWS * row_bytes, *end = data + w->n_rows * row_bytes;
-    for (int64_t group = 0; group < w->n_cols / PL_GROUP; group += groups_per_block) {
-        /* The next panel's rows, one after the other: sixteen rows side by side are more than processors fetch ahead. */
-        for (int64_t i = 0; i < PL_PANEL_ROWS * f->block_bytes && ahead < end; i += 64, ahead += 64) {
-            __builtin_prefetch(ahead);
-        }
-        for (int g = 0; g < groups_per_block; g++) {
-            lanes codes[8];
-            load_codes(f->type, &source, g, codes);
-            store_codes(f, out + place_of(f, group + g).codes, codes);
-        }
-        store_scales(f, out, group, &source);
-        EACH_LANE { source.at[lane] += f->block_bytes; }
-    }
-}
+typedef struct relay_job {
+    pl_weight *w;
+    const uint8_t *data;
+    pl_relay relay;
+    atomic_int next;
+} relay_job;
 
 static void relay(void *context, const pl_member *member) {
     (void)member;
     relay_job *job = context;
+    const pl_weight *w = job->w;
     const int32_t step = 8;
     for (;;) {
         const int64_t first = (int64_t)pl_claim(&job->next) * step;
-        if (first >= job->w->n_panels) {
+        if (first >= w->n_panels) {
             return;
         }
-        for (int64_t panel = first; panel < PL_MIN(first + step, job->w->n_panels); panel++) {
-            pl_relay_panel(job->w, job->data, panel);
+        for (int64_t panel = first; panel < PL_MIN(first + step, w->n_panels); panel++) {
+            const int64_t row = panel * PL_PANEL_ROWS, n_rows = PL_MIN(w->n_rows - row, PL_PANEL_ROWS);
+            const uint8_t *data = job->data + row * row_bytes(w);
+            uint8_t *out = w->panels + panel * w->panel_bytes;
+            if (n_rows == PL_PANEL_ROWS) {
+                job->relay(w, data, out);
+            } else {
+                pl_relay_rows(w, data, n_rows, out); /* the other rows are zero, as fresh memory is */
+            }
         }
     }
 }
@@ -527,7 +247,7 @@ PL_API pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, i
         pl_free(w);
         return NULL;
     }
-    relay_job job = {.w = w, .data = data};
+    relay_job job = {.w = w, .data = data, .relay = pl_cpu()->relay};
     pl_pool_run(pool, 0, relay, &job);
     return w;
 }
@@ -574,7 +294,7 @@ void pl_weight_group(const pl_weight *w, int64_t row, int64_t group, uint8_t cod
     const pl_format *f = w->format;
     const uint8_t *panel = pl_weight_panel(w, row / PL_PANEL_ROWS);
     const int r = (int)(row % PL_PANEL_ROWS);
-    const place at = place_of(f, group);
+    const pl_place at = pl_place_of(f, group);
     const uint8_t *low = panel + at.codes, *two = low + pl_two_at(f->low_bits);
     const uint8_t *one = low + pl_one_at(f->low_bits, f->two_shift);
     memset(codes, 0, PL_GROUP);

@@ -51,9 +51,26 @@ static inline int32_t pl_code_bytes(int32_t low_bits, int32_t two_shift, int32_t
     return pl_one_at(low_bits, two_shift) + (one_shift >= 0 ? 64 : 0);
 }
 
-/* Re-lays the rows of one panel from the file's matrix; the second one does it row by row, and gives the same bytes. */
-void pl_relay_panel(pl_weight *w, const uint8_t *data, int64_t panel);
-void pl_relay_rows(pl_weight *w, const uint8_t *data, int64_t panel);
+/* Where the parts that belong to a group begin in a panel. */
+typedef struct pl_place {
+    int64_t head, line, codes;
+} pl_place;
+
+static inline pl_place pl_place_of(const pl_format *f, int64_t group) {
+    /* One or two groups to a line: shifts, since divisions would take longer than a group. */
+    const int shift = pl_line_groups(f->scales) - 1;
+    const int64_t code_bytes = pl_code_bytes(f->low_bits, f->two_shift, f->one_shift);
+    const int64_t line_bytes = PL_LINE_BYTES + (code_bytes << shift);
+    const int64_t heads = pl_has_heads(f->scales) ? (int64_t)((uint64_t)group / PL_HEAD_GROUPS) + 1 : 0;
+    const int64_t line = (group >> shift) * line_bytes + heads * PL_LINE_BYTES;
+    const int64_t lines_since_head = (int64_t)((uint64_t)group % PL_HEAD_GROUPS) >> shift;
+    return (pl_place){line - lines_since_head * line_bytes - PL_LINE_BYTES, line,
+                      line + PL_LINE_BYTES + (group & shift) * code_bytes};
+}
+
+/* Re-lays up to 16 rows, which lie one behind the other at `data` as in the file, into a panel, whose other rows stay as they
+ * are. Plain C; whole panels are done by the kernels of cpu/relay.h. */
+void pl_relay_rows(const pl_weight *w, const uint8_t *data, int64_t n_rows, uint8_t *panel);
 
 /* One group of one row, read back from a panel: codes, and d, m as pl_format_affine gives them. */
 void pl_weight_group(const pl_weight *w, int64_t row, int64_t group, uint8_t codes[PL_GROUP], float d[2], float m[2]);

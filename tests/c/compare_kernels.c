@@ -1,7 +1,8 @@
 /*
  * compare_kernels.c - every kernel set that this processor runs against the scalar one: products of all formats for all
  * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results; the
- * softmax's sum against the C library's exp. Also the two ways to re-lay matrices, the thread pool, and programs.
+ * softmax's sum against the C library's exp; panels that are re-laid as a whole against the same made row by row. Also the
+ * thread pool, and programs.
  *
  * Linked with the core's sources. Prints one line for each set and for each difference; exits with the number of differences.
  */
@@ -162,23 +163,24 @@ static void compare_products(const pl_cpu_set *set, int32_t type) {
     free(data);
 }
 
-/* Panels that are re-laid as a whole against those that are re-laid row by row. */
-static void compare_panels(int32_t type) {
-    const int32_t unit = pl_type_block_elements(type), width = unit == 1 ? 67 : 3 * unit, n_rows = 3 * PL_PANEL_ROWS;
-    int64_t bytes;
-    uint8_t *data = random_matrix(type, n_rows, width, &bytes);
-    pl_weight *w = pl_weight_new(NULL, type, n_rows, width, data, bytes, NULL, NULL);
-    pl_weight by_rows = *w;
-    by_rows.panels = calloc((size_t)w->n_panels, (size_t)w->panel_bytes);
-    for (int64_t panel = 0; panel < w->n_panels; panel++) {
-        pl_relay_rows(&by_rows, data, panel);
+/* Panels that are re-laid as a whole against those that are re-laid row by row. The memory is exactly as large as it has to be. */
+static void compare_panels(const pl_cpu_set *set, int32_t type) {
+    const int32_t unit = pl_type_block_elements(type);
+    for (int32_t n = 1; n <= (unit == 1 ? 67 : 3); n++) {
+        int64_t bytes;
+        uint8_t *data = random_matrix(type, PL_PANEL_ROWS, n * unit, &bytes);
+        pl_weight *w = pl_weight_new(NULL, type, PL_PANEL_ROWS, n * unit, data, bytes, NULL, NULL);
+        uint8_t *by_rows = calloc(1, (size_t)w->panel_bytes), *whole = calloc(1, (size_t)w->panel_bytes);
+        pl_relay_rows(w, data, PL_PANEL_ROWS, by_rows);
+        set->relay(w, data, whole);
+        if (memcmp(by_rows, whole, (size_t)w->panel_bytes) != 0) {
+            differ(set->name, "a re-laid panel", type, n);
+        }
+        free(by_rows);
+        free(whole);
+        pl_weight_free(w);
+        free(data);
     }
-    if (memcmp(by_rows.panels, w->panels, (size_t)(w->n_panels * w->panel_bytes)) != 0) {
-        differ("re-laying", "a panel", type, width);
-    }
-    free(by_rows.panels);
-    pl_weight_free(w);
-    free(data);
 }
 
 /* The same tile, made of `first` rows and then the others; of each first one group alone and then the others. */
@@ -337,9 +339,6 @@ int main(void) {
     static const char *const names[] = {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "neon", "neon_i8mm"};
     static const int32_t types[] = {PL_F32,  PL_F16,  PL_BF16, PL_Q4_0, PL_Q4_1, PL_Q5_0, PL_Q5_1,
                                     PL_Q8_0, PL_Q2_K, PL_Q3_K, PL_Q4_K, PL_Q5_K, PL_Q6_K};
-    for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
-        compare_panels(types[t]);
-    }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         setenv("PYLLAMA_CPU", names[i], 1);
         const pl_cpu_set *set = pl_cpu();
@@ -348,6 +347,7 @@ int main(void) {
         }
         printf("%s\n", set->name);
         for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
+            compare_panels(set, types[t]);
             compare_products(set, types[t]);
         }
         compare_quantization(set);

@@ -46,17 +46,17 @@ typedef struct candidate {
 /* Best first. */
 static const candidate candidates[] = {
 #if defined(__x86_64__)
-    {runs_avx512_bf16, {"avx512_bf16", &pl_kernels_avx512, &pl_attention_avx512_bf16, pl_exp_sum_avx512}},
-    {runs_avx512, {"avx512", &pl_kernels_avx512, &pl_attention_avx512, pl_exp_sum_avx512}},
+    {runs_avx512_bf16, {"avx512_bf16", &pl_kernels_avx512, &pl_attention_avx512_bf16, pl_exp_sum_avx512, pl_relay_avx512}},
+    {runs_avx512, {"avx512", &pl_kernels_avx512, &pl_attention_avx512, pl_exp_sum_avx512, pl_relay_avx512}},
 #ifdef PL_AVX_VNNI
-    {runs_avx_vnni, {"avx_vnni", &pl_kernels_avx_vnni, &pl_attention_avx_vnni, pl_exp_sum_avx2}},
+    {runs_avx_vnni, {"avx_vnni", &pl_kernels_avx_vnni, &pl_attention_avx_vnni, pl_exp_sum_avx2, pl_relay_avx2}},
 #endif
-    {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2, pl_exp_sum_avx2}},
+    {runs_avx2, {"avx2", &pl_kernels_avx2, &pl_attention_avx2, pl_exp_sum_avx2, pl_relay_avx2}},
 #elif defined(__aarch64__)
-    {runs_neon_i8mm, {"neon_i8mm", &pl_kernels_neon_i8mm, &pl_attention_neon_i8mm, pl_exp_sum_neon}},
-    {runs_neon, {"neon", &pl_kernels_neon, &pl_attention_neon, pl_exp_sum_neon}},
+    {runs_neon_i8mm, {"neon_i8mm", &pl_kernels_neon_i8mm, &pl_attention_neon_i8mm, pl_exp_sum_neon, pl_relay_scalar}},
+    {runs_neon, {"neon", &pl_kernels_neon, &pl_attention_neon, pl_exp_sum_neon, pl_relay_scalar}},
 #endif
-    {runs_anywhere, {"scalar", &pl_kernels_scalar, &pl_attention_scalar, pl_exp_sum_scalar}},
+    {runs_anywhere, {"scalar", &pl_kernels_scalar, &pl_attention_scalar, pl_exp_sum_scalar, pl_relay_scalar}},
 };
 
 enum { N_CANDIDATES = sizeof candidates / sizeof *candidates };

@@ -75,11 +75,21 @@ double pl_exp_sum_avx512(const float *x, int32_t n, float best, float scale, flo
 double pl_exp_sum_neon(const float *x, int32_t n, float best, float scale, float floor);
 #endif
 
+/* Re-lays 16 rows, which lie one behind the other at `data` as in the file, into a panel: what pl_relay_rows does. */
+typedef void (*pl_relay)(const pl_weight *w, const uint8_t *data, uint8_t *panel);
+
+void pl_relay_scalar(const pl_weight *w, const uint8_t *data, uint8_t *panel);
+#if defined(__x86_64__)
+void pl_relay_avx2(const pl_weight *w, const uint8_t *data, uint8_t *panel);
+void pl_relay_avx512(const pl_weight *w, const uint8_t *data, uint8_t *panel);
+#endif
+
 typedef struct pl_cpu_set {
     const char *name;
     const pl_kernels *kernels;
     const pl_attention_kernels *attention;
     pl_exp_sum exp_sum;
+    pl_relay relay;
 } pl_cpu_set;
 
 /* The set in use: the one that PYLLAMA_CPU names, or the best that this processor runs. Where the variable names none that it
