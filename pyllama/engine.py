@@ -24,7 +24,7 @@ from pyllama.draft import Ask, DraftModel
 from pyllama.kv_cache import KVCache
 from pyllama.models import Model, SequenceInput
 from pyllama.sampling import Sample, Sampler, SamplingParams
-from pyllama.scheduler import Chunk, ContextFull, Scheduler, Sequence, truncated
+from pyllama.scheduler import BURST_SECONDS, Chunk, ContextFull, Scheduler, Sequence, truncated
 from pyllama.speculation import LookupSpeculation, Pace
 
 __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "Token"]
@@ -32,7 +32,9 @@ __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "To
 _log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
+_MOST_GUESSED = 31  # 32 tokens of a sequence in a step get what they would get alone, to the last bit, whatever the cache's types
 _SHORT_BURST = 4  # steps, where something may be lost by more: those behind a stop string, or what could be guessed meanwhile
+_TOGETHER_SECONDS = 0.001  # how much later than another a request may come to begin with it, where nothing runs
 _SCORED_AT_ONCE = 32  # tokens whose logits are in memory, which are many where the vocabulary is large
 
 
@@ -145,6 +147,13 @@ class Stream:
         self._ended = isinstance(event, Done)
         return event
 
+    def take(self) -> list[Token | Done]:
+        """The events that have come and not been read yet, without waiting."""
+        events: list[Token | Done] = []
+        while not self._events.empty():
+            events.append(self.get())
+        return events
+
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until all events are there, which costs the engine less than a reader that takes them one by one.
 
@@ -256,8 +265,8 @@ class Engine:
         model: the engine's alone from now on.
         n_slots: requests that are worked on at a time.
         continuous: let a new request join while others run; otherwise it waits until they have ended.
-        n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. Where the model's values
-            are quantized, no more than 31 are guessed.
+        n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. More than 31 are never
+            guessed.
         draft: guesses where there is nothing to look up; the engine's alone from now on, too.
 
     Raises:
@@ -281,6 +290,8 @@ class Engine:
         self.n_lookup, self.draft = n_lookup, draft
         self._start_afresh()
         self._outbox: list[tuple[Stream, Token | Done]] = []
+        self._is_urgent = False  # something in it begins or ends a text
+        self._delivered = 0.0  # when it was emptied
         self._wake = threading.Condition()  # guards the next four
         self._news = False  # the others have changed; read without the lock
         self._arrived: list[_Job] = []
@@ -404,12 +415,14 @@ class Engine:
     def _loop(self) -> None:
         try:
             while self._look():
+                began = time.perf_counter()
                 try:
                     self._step()
                 except Exception as error:  # a fault of ours: rather forget everything than go on with wrong books
                     _log.exception("a step of the engine failed")
                     self._give_up("error", f"{type(error).__name__}: {error}")
-                self._deliver()
+                if not self._can_wait(time.perf_counter() - began):
+                    self._deliver()
         finally:
             with self._wake:
                 self._closing = True
@@ -426,6 +439,10 @@ class Engine:
         with self._wake:
             while not (self._news or scheduler.running or scheduler.waiting):
                 self._wake.wait()
+            if not (scheduler.running or scheduler.waiting):
+                # Requests that come at the same moment begin together: read beside the first one's text, they would take longer.
+                while 0 < len(self._arrived) < self.n_slots and self._wake.wait(_TOGETHER_SECONDS):
+                    pass
             arrived, self._arrived, self._news = self._arrived, [], False
             system = self._system
         if system != self._cache.pinned:
@@ -437,7 +454,8 @@ class Engine:
         for sequence in list(self._sequences):
             if sequence.owner.stream.cancelled:
                 self._end(sequence, "cancelled")
-        self._deliver()
+        if self._is_urgent:
+            self._deliver()
         return not self._closing
 
     def _sequence_of(self, job: _Job) -> Sequence:
@@ -497,7 +515,7 @@ class Engine:
         # A full context is going to be shifted, and then other tokens come before the guess.
         n_free = self.model.n_ctx - sequence.n_evaluated - 1
         n_wanted = job.request.n_predict - job.n_predicted - 1 if job.request.n_predict > 0 else n_free
-        return min(n_free, n_wanted, self.model.n_exact - 1)
+        return min(n_free, n_wanted, _MOST_GUESSED)
 
     def _look_up(self, sequence: Sequence) -> list[int]:
         job: _Job = sequence.owner
@@ -657,6 +675,7 @@ class Engine:
         event, stream = job.text.push(sample), job.stream
         if event is not None:
             self._outbox.append((stream, event))
+            self._is_urgent |= job.n_predicted == 1
         if job.text.stopping_word:
             self._end(sequence, "word")
         elif job.sampler.finished:
@@ -710,9 +729,15 @@ class Engine:
             embedding=embedding,
         )
         self._outbox.append((job.stream, done))
+        self._is_urgent = True
+
+    def _can_wait(self, seconds: float) -> bool:
+        """Would readers hear soon enough of what there is after another step as long as the last one, in ``seconds``?"""
+        return not self._is_urgent and time.perf_counter() + seconds < self._delivered + BURST_SECONDS
 
     def _deliver(self) -> None:
         """Wakes the readers, once all of a step's tokens are there."""
+        self._delivered, self._is_urgent = time.perf_counter(), False
         for stream, event in self._outbox:
             stream._events.put(event)
             if isinstance(event, Done):

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 from pyllama.kv_cache import BlockTable, KVCache
 
-__all__ = ["Chunk", "ContextFull", "Scheduler", "Sequence", "truncated"]
+__all__ = ["BURST_SECONDS", "Chunk", "ContextFull", "Scheduler", "Sequence", "truncated"]
 
 _LEAST_CHUNK = 16
-_BURST_SECONDS = 1 / 60  # screens show nothing more often
+BURST_SECONDS = 1 / 60
+"""What is generated within so short a time may be told of at once: screens show nothing more often."""
 _LONGEST_BURST = 8
 _STEPS_BESIDE = 3.0  # a step with a chunk of a prompt may take as long as about this many that only generate
 
@@ -209,7 +210,7 @@ class Scheduler:
         """
         if not self._step_seconds:
             return 1
-        n_steps = min(most, _LONGEST_BURST, int(_BURST_SECONDS / self._step_seconds))
+        n_steps = min(most, _LONGEST_BURST, int(BURST_SECONDS / self._step_seconds))
         for chunk in chunks:
             n_steps = min(n_steps, self.model.n_ctx - chunk.sequence.n_evaluated)
         if n_steps < 2:

@@ -56,6 +56,31 @@ def test_many_at_once_give_the_same_as_one_by_one(engine: Engine) -> None:
         assert tokens_of(stream)[0] == engine.model.greedy(prompt, 20)
 
 
+def test_what_comes_at_the_same_moment_begins_together(engine: Engine, monkeypatch) -> None:
+    monkeypatch.setattr("pyllama.engine._TOGETHER_SECONDS", 5.0)  # however slow the machine
+    began = time.monotonic()
+    streams = []
+    for n in (3, 4, 5, 6):
+        streams.append(engine.submit(request(prompt_of(n), 2)))
+        time.sleep(0.01)
+    for stream in streams:
+        tokens_of(stream)
+    assert engine.model.batches[0] == [3, 4, 5, 6]
+    assert time.monotonic() - began < 5  # as many as there are slots wait for nobody
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_quick_steps_are_told_of_together(engine: Engine, monkeypatch, quick: bool) -> None:
+    monkeypatch.setattr("pyllama.engine.BURST_SECONDS", 1000.0 if quick else 0.0)
+    step_by_step = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True, n_probs=1)
+    stream = engine.submit(request(prompt_of(5), 9, sampling=step_by_step))
+    n_told: list[int] = []
+    stream.listener = lambda: n_told.append(stream._events.qsize())
+    stream.wait()
+    # The first token never waits, nor does the end, with which the last one comes.
+    assert n_told == ([1, 10] if quick else [*range(1, 9), 10])
+
+
 def test_a_shared_prefix_is_evaluated_once(engine: Engine) -> None:
     start = prompt_of(70)
     tokens_of(engine.submit(request(start, 1)))
@@ -313,6 +338,7 @@ def test_a_complete_grammar_ends_its_request_at_once(engine: Engine, monkeypatch
 
 def test_a_stream_that_nobody_reads_ends(engine: Engine, monkeypatch) -> None:
     monkeypatch.setattr("pyllama.engine._MOST_UNREAD", 50)
+    monkeypatch.setattr("pyllama.engine.BURST_SECONDS", 0.0)
     stream = engine.submit(request(prompt_of(5), -1, sampling=SamplingParams(ignore_eos=True)))
     while engine.n_running + engine.n_waiting:
         time.sleep(0.01)
