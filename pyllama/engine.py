@@ -32,7 +32,6 @@ __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "To
 _log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
-_MOST_GUESSED = 31  # 32 tokens of a sequence in a step get what they would get alone, to the last bit, whatever the cache's types
 _SHORT_BURST = 4  # steps, where something may be lost by more: those behind a stop string, or what could be guessed meanwhile
 _TOGETHER_SECONDS = 0.001  # how much later than another a request may come to begin with it, where nothing runs
 _SCORED_AT_ONCE = 32  # tokens whose logits are in memory, which are many where the vocabulary is large
@@ -265,8 +264,8 @@ class Engine:
         model: the engine's alone from now on.
         n_slots: requests that are worked on at a time.
         continuous: let a new request join while others run; otherwise it waits until they have ended.
-        n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. More than 31 are never
-            guessed.
+        n_lookup: most tokens to guess in a step, from what followed the same tokens before; 0: none. Where the model's values
+            are quantized, no more than 31 are guessed.
         draft: guesses where there is nothing to look up; the engine's alone from now on, too.
 
     Raises:
@@ -515,7 +514,7 @@ class Engine:
         # A full context is going to be shifted, and then other tokens come before the guess.
         n_free = self.model.n_ctx - sequence.n_evaluated - 1
         n_wanted = job.request.n_predict - job.n_predicted - 1 if job.request.n_predict > 0 else n_free
-        return min(n_free, n_wanted, _MOST_GUESSED)
+        return min(n_free, n_wanted, self.model.n_exact - 1)
 
     def _look_up(self, sequence: Sequence) -> list[int]:
         job: _Job = sequence.owner

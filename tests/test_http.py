@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from pyllama.server.errors import ApiError
 from pyllama.server.http import CLIENT, MAX_BODY, NOTES, Client, RequestRecord, Server
 
 Application = Callable[..., Iterable[bytes]]
@@ -131,13 +132,13 @@ class News:
         self.is_closed = threading.Event()
         self.threads: list[str] = []
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         if environ["PATH_INFO"] != "/news":
             return hello(environ, start_response)
-        self.client = environ[CLIENT]
-        self.client.takes_news = True
         start_response("200 OK", [("Content-Type", "text/event-stream")])
-        return self._body()
+        self.client = environ[CLIENT]
+        self.client.stream(self._body())
+        return []
 
     def _body(self) -> Iterator[bytes]:
         try:
@@ -151,7 +152,7 @@ class News:
             self.is_closed.set()
 
     def push(self, *pieces: bytes | None) -> None:
-        wait_for(lambda: self.client is not None and self.client.write_news is not None)
+        wait_for(lambda: self.client is not None)
         self.pieces.extend(pieces)
         self.client.write_news()
 
@@ -164,7 +165,7 @@ def test_news_are_written_in_the_thread_that_brings_them():
         assert response.read1() == b"first "
         n_here = 0
         for i in range(10):
-            time.sleep(0.01)  # the writer may still be at the piece before, or have a look
+            time.sleep(0.01)  # the handler may still be at the piece before
             del news.threads[:]
             news.push(b"piece %d " % i)
             assert response.read1() == b"piece %d " % i
@@ -229,7 +230,6 @@ def test_a_silent_body_whose_client_leaves_is_closed():
         with server.connect() as connection:
             connection.sendall(b"GET /news HTTP/1.1\r\nHost: x\r\n\r\n")
             assert connection.recv(10)
-            news.push()
         assert news.is_closed.wait(5)
         assert server.record().path == "/news"
 
@@ -260,10 +260,10 @@ def test_a_reader_of_news_that_never_reads_is_given_up(monkeypatch):
 
 
 def test_news_that_fail_end_the_answer(caplog):
-    def broken(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+    def broken(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         start_response("200 OK", [])
-        environ[CLIENT].takes_news = True
-        return pieces()
+        environ[CLIENT].stream(pieces())
+        return []
 
     def pieces() -> Iterator[bytes]:
         yield b"so far"
@@ -275,6 +275,24 @@ def test_news_that_fail_end_the_answer(caplog):
         assert b"so far" in answer and not answer.endswith(b"\r\n0\r\n\r\n")
         assert server.record().n_bytes == len(b"so far")
     assert "no more" in caplog.text
+
+
+def test_an_error_in_place_of_a_stream_is_an_ordinary_one():
+    def refused(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/event-stream"), ("Access-Control-Allow-Origin", "*")])
+        environ[CLIENT].stream(pieces())
+        return []
+
+    def pieces() -> Iterator[bytes]:
+        raise ApiError(503, "not now")
+        yield b"never"
+
+    with running(refused) as server:
+        response = server.get()
+        assert server.record().status == response.status == 503
+        assert response.getheader("Content-Type") == "application/json; charset=utf-8"
+        error = json.loads(response.read())["error"]
+        assert error == {"code": 503, "message": "not now", "type": "unavailable_error"}
 
 
 def test_a_stop_ends_what_waits_for_news(monkeypatch):

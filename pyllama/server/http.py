@@ -2,17 +2,23 @@
 objects also where no handler was reached, one log line for each request, clients that do not read given up after the timeout,
 and a stop that lets answers be finished.
 
+What comes of a stream is written in the thread that brings it, as far as that needs no waiting. That is the engine's thread. Any
+other would have to be woken, to get hold of the interpreter, and to take a processor from the engine's next step, all of whose
+threads then wait for the one that was stopped: on a machine with no processors to spare, that takes several times as long as the
+writing. What is left is done by the thread that runs the server, whom the system tells who has gone and who reads again.
+
 This module knows sockets and WSGI; nothing of models or of what the paths mean.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import select
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,8 +31,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest
 
 from pyllama import __version__
-from pyllama.server.errors import JSON, error_body
-from pyllama.server.writer import Answer, Writer
+from pyllama.server.errors import JSON, ApiError, error_body
 
 __all__ = ["CLIENT", "MAX_BODY", "NOTES", "Client", "RequestRecord", "Server"]
 
@@ -47,8 +52,6 @@ NOTES = "pyllama.notes"
 """Key of the WSGI environment under which a handler finds a dictionary for what it wants to see in the log."""
 CLIENT = "pyllama.client"
 """Key of the WSGI environment under which a handler finds the :class:`Client`."""
-_BODY = "pyllama.body"
-"""Key of the WSGI environment for the body that the writer is to write."""
 
 Application = Callable[..., Iterable[bytes]]
 
@@ -58,10 +61,18 @@ class Client:
 
     def __init__(self, channel: HTTPChannel) -> None:
         self._channel = channel
-        self.takes_news = False
-        """To be set by a handler whose body gives ``b""`` instead of waiting as soon as ``write_news`` is there."""
-        self.write_news: Callable[[], None] | None = None
-        """To be called when such a body has more, in any thread, which then asks the body for it. It does not wait."""
+        self.body: Iterator[bytes] | None = None
+        self.write_news = channel.write_news
+        """To be called when the body of a stream has more, in any thread, which then asks the body for it. It does not wait."""
+
+    def stream(self, body: Iterator[bytes]) -> None:
+        """Sends these pieces in place of what the handler returns.
+
+        Args:
+            body: a generator, which gives ``b""`` instead of waiting. An ``ApiError`` in place of the first piece becomes an
+                ordinary error response. It is closed in the end.
+        """
+        self.body = body
 
     def is_gone(self) -> bool:
         """Is the connection closed?"""
@@ -82,7 +93,7 @@ class RequestRecord(NamedTuple):
 
 
 class _HandedOver(BaseException):
-    """Leaves what Waitress does with a request: the answer, its argument, is the writer's from now on."""
+    """Leaves what Waitress does with a request, since its answer is a stream, the argument."""
 
 
 class _Recorded:
@@ -115,12 +126,13 @@ class _Recorded:
         )
 
 
-class _Task(_Recorded, WSGITask, Answer):
-    """The application's answer, written in the handler's thread or by the writer."""
+class _Task(_Recorded, WSGITask):
+    """The application's answer: as a whole, written in the handler's thread, or a stream."""
 
     def __init__(self, channel: HTTPChannel, request: HTTPRequestParser) -> None:
-        WSGITask.__init__(self, channel, request)
-        Answer.__init__(self)
+        super().__init__(channel, request)
+        self._writing = threading.Lock()
+        self._has_news = self._is_whole = False
 
     def get_environment(self) -> dict[str, Any]:
         environ = super().get_environment()
@@ -130,67 +142,101 @@ class _Task(_Recorded, WSGITask, Answer):
 
     def execute(self) -> None:
         super().execute()
-        if _BODY in self.environ:
-            self._body: Iterator[bytes] = iter(self.environ[_BODY])
+        body = self.environ[CLIENT].body
+        if body is not None:
+            self._body: Iterator[bytes] = body
+            self.content_length = None
+            self.remove_content_length_header()  # of what the handler returned
             raise _HandedOver(self)
 
-    def write_news(self) -> bool:
-        pieces: list[bytes] = []
-        try:
+    def write_news(self) -> None:
+        """Writes what there is of a stream. Any thread may call this."""
+        self._has_news = True
+        while self._has_news and self._writing.acquire(blocking=False):  # who is writing looks again
             try:
-                is_whole = self._gather(pieces)
-            finally:  # what came before a failure is sent
-                if pieces:
-                    self._send(pieces)
-            if is_whole:
-                self.finish()
-            return is_whole
+                self._has_news = False
+                if not self._is_whole and self._write_all():
+                    self._is_whole = True
+                    self.channel.server.end_soon(self)
+            finally:
+                self._writing.release()
+
+    def _write_all(self) -> bool:
+        """Writes what there is, as far as that needs no waiting; True: nothing more is to come."""
+        try:
+            # More than a client reads at its ease is not asked for: it would have to be waited for, and all others with it.
+            while self.channel.connected and self.channel.total_outbufs_len <= MAX_UNREAD:
+                piece = self._write_some()
+                if not piece:
+                    return piece is None
+            return not self.channel.connected
         except (ClientDisconnected, OSError):
             return True
         except Exception:
             _log.exception("the answer to %s broke off", self.request.path)
             return True
 
-    def _gather(self, pieces: list[bytes]) -> bool:
-        """Adds the pieces that are there; True: the last is among them. More than a client reads at its ease would have to wait
-        for it, and all others with it."""
-        n_unread = self.channel.total_outbufs_len
-        while n_unread <= MAX_UNREAD:
-            piece = next(self._body, None)
-            if not piece:
-                return piece is None
-            pieces.append(piece)
-            n_unread += len(piece)
-        return False
+    def _write_some(self) -> bytes | None:
+        """Writes the pieces that are there, though not many more than are to be sent at once.
 
-    def _send(self, pieces: list[bytes]) -> None:
+        Returns:
+            The last one: None stands for the end, an empty one for what is yet to come.
+        """
+        pieces: list[bytes] = []
+        piece: bytes | None = b""
+        n_bytes = 0
+        try:
+            while n_bytes <= MAX_UNREAD and (piece := next(self._body, None)):
+                pieces.append(piece)
+                n_bytes += len(piece)
+        except ApiError as error:
+            self._refuse(error)
+            return None
+        finally:  # what came before a failure is sent
+            if pieces or piece is None:
+                self._send(pieces, is_whole=piece is None)
+        return piece
+
+    def _send(self, pieces: list[bytes], is_whole: bool) -> None:
         if not self.wrote_header:
             self.write(b"")
         self.content_bytes_written += sum(len(piece) for piece in pieces)
         if self.chunked_response:
             pieces = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+            if is_whole:
+                pieces.append(b"0\r\n\r\n")
         self.channel.write_now(b"".join(pieces))
 
+    def _refuse(self, error: ApiError) -> None:
+        body = error_body(error.status_code, error.message)
+        self.status = error.status_line
+        others = [header for header in self.response_headers if header[0] != "Content-Type"]
+        self.response_headers = [*others, ("Content-Type", JSON)]
+        self.content_length = len(body)
+        self.write(body)
+
+    def _gather(self, pieces: list[bytes]) -> bytes | None:
+        """Adds the pieces that are there, but not many more than are to be sent at once.
+
+        Returns:
+            The piece that was looked at last: none, if there are no more; an empty one, if there are none yet.
+        """
+        n_bytes = 0
+        while n_bytes <= MAX_UNREAD and (piece := next(self._body, None)):
+            pieces.append(piece)
+            n_bytes += len(piece)
+        return piece
+
     def end(self) -> None:
+        """Closes the stream and the connection, whatever there may still have been to write."""
+        with self._writing:
+            self._is_whole = True
         try:
-            self.environ[_BODY].close()
+            self._body.close()
         except Exception:
             _log.exception("the answer to %s could not be closed", self.request.path)
         self.channel.close_after_answer()
         self.record()
-
-
-def _with_bodies_for_the_writer(application: Application) -> Application:
-    """Keeps bodies that take news back from Waitress, which would wait for them in the handler's thread."""
-
-    def call(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        body = application(environ, start_response)
-        if not environ[CLIENT].takes_news:
-            return body
-        environ[_BODY] = body
-        return ()
-
-    return call
 
 
 class _RefusedTask(_Recorded, ErrorTask):
@@ -233,6 +279,8 @@ class _Channel(HTTPChannel):
     task_class = _Task
     error_task_class = _RefusedTask
     parser_class = _Parser
+    stream: _Task | None = None
+    """The answer that is being written as its pieces come."""
     lingers = False
     """Shall what still arrives be dropped for a while before the connection is closed?"""
     lingering_until: float | None = None
@@ -244,8 +292,15 @@ class _Channel(HTTPChannel):
     def service(self) -> None:
         try:
             super().service()
-        except _HandedOver as task:
-            self.server.take_over(task.args[0])
+        except _HandedOver as handed_over:
+            (self.stream,) = handed_over.args
+            self.server.streams.add(self.stream)
+            self.write_news()
+
+    def write_news(self) -> None:
+        """Writes what there is of a stream, or ends it if the client is gone."""
+        if self.stream is not None:
+            self.stream.write_news()
 
     def write_now(self, data: bytes) -> None:
         """Sends what can be sent and keeps the rest, as ``write_soon``, which is several times as slow."""
@@ -259,14 +314,22 @@ class _Channel(HTTPChannel):
 
     def close_after_answer(self) -> None:
         """Closes the connection when all is sent; what else was asked for on it is dropped, as Waitress does."""
+        self.stream = None
         with self.requests_lock:
             self.close_when_flushed = True
             for request in self.requests:
                 request.close()
             self.requests = []
-        if self.connected:
-            self.server.pull_trigger()
         self.last_activity = time.time()
+
+    def handle_read(self) -> None:
+        super().handle_read()
+        if not self.connected:
+            self.write_news()
+
+    def handle_close(self) -> None:
+        super().handle_close()
+        self.write_news()
 
     def readable(self) -> bool:
         return self.lingering_until is not None or super().readable()
@@ -282,6 +345,8 @@ class _Channel(HTTPChannel):
             return
         if not (self.lingers and self.close_when_flushed):
             super().handle_write()
+            if self.total_outbufs_len <= MAX_UNREAD:  # there is room for what had to wait
+                self.write_news()
             return
         self._flush_exception(self._flush_some)
         if self.socket is None:  # so has writing
@@ -328,12 +393,15 @@ class _Listener(TcpWSGIServer):
 
     channel_class = _Channel
     on_request: Callable[[RequestRecord], None]
-    writer: Writer
+    streams: set[_Task]
+    """All that have not been closed."""
+    ended: deque[_Task]
+    """Those of them to which nothing more will be written."""
 
-    def take_over(self, task: _Task) -> None:
-        """Lets the writer write the rest of an answer."""
-        task.environ[CLIENT].write_news = functools.partial(self.writer.write, task)
-        self.writer.take(task)
+    def end_soon(self, stream: _Task) -> None:
+        """Has a stream closed in the thread that runs the server."""
+        self.ended.append(stream)
+        self.pull_trigger()
 
     def close_overdue(self, now: float) -> None:
         """Closes connections that are overdue or left, and where there are too many those that are waited for.
@@ -395,7 +463,8 @@ class Server:
         except ValueError as error:
             raise OSError(f"{host!r} is not an address of this machine") from error
         self._dispatcher = ThreadedTaskDispatcher()
-        self._writer = Writer()
+        self._streams: set[_Task] = set()
+        self._ended: deque[_Task] = deque()
         self._map: dict[int, Any] = {}
         self._listeners: list[_Listener] = []
         self._stopping = False
@@ -403,17 +472,12 @@ class Server:
         try:
             for address in settings.listen:
                 listener = _Listener(
-                    _with_bodies_for_the_writer(application),
-                    self._map,
-                    dispatcher=self._dispatcher,
-                    adj=settings,
-                    sockinfo=address,
+                    application, self._map, dispatcher=self._dispatcher, adj=settings, sockinfo=address
                 )
-                listener.on_request, listener.writer = on_request, self._writer
+                listener.on_request, listener.streams, listener.ended = on_request, self._streams, self._ended
                 self._listeners.append(listener)
         except OSError:
             wasyncore.close_all(self._map)
-            self._writer.stop(1)
             raise
         self._dispatcher.set_thread_count(n_threads)
 
@@ -436,7 +500,8 @@ class Server:
         while self._is_busy() and time.monotonic() < end:
             self._poll(0.05)
         self._dispatcher.shutdown(timeout=1)
-        self._writer.stop(1)
+        self._ended.extend(self._streams)
+        self._end_streams()
         wasyncore.close_all(self._map)
 
     def stop(self) -> None:
@@ -453,6 +518,14 @@ class Server:
             self._next_look = now + 1
             for listener in self._listeners:
                 listener.close_overdue(now)
+        self._end_streams()
+
+    def _end_streams(self) -> None:
+        while self._ended:
+            stream = self._ended.popleft()
+            if stream in self._streams:
+                self._streams.remove(stream)
+                stream.end()
 
     def _is_busy(self) -> bool:
         channels = [channel for listener in self._listeners for channel in listener.active_channels.values()]

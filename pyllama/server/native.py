@@ -39,7 +39,7 @@ def add_routes(app: Bottle, service: Service) -> None:
 
     @app.post("/completion")
     @app.post("/completions")
-    def completion() -> Iterator[bytes] | bytes:
+    def completion() -> bytes:
         fields = json_fields(service)
         system = read_system_prompt(fields, service)
         prompts = read_prompts(fields, service, system=service.system_tokens(system))
@@ -55,7 +55,7 @@ def add_routes(app: Bottle, service: Service) -> None:
         return send_events(chunks, client()) if job.stream else dump(_join(chunks))
 
     @app.post("/infill")
-    def infill() -> Iterator[bytes]:
+    def infill() -> bytes:
         fields = json_fields(service)
         if fields.get("input_prefix") is None and fields.get("input_suffix") is None:
             fields.fail("input_prefix", "is missing")
@@ -124,10 +124,11 @@ def infill_tokens(service: Service, prefix: str, suffix: str) -> list[int]:
 
 def _complete(service: Service, job: _Job, client: Client, notes: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     """One object for each piece of text, and a last one with everything else. Several prompts are worked on side by side, and
-    each object tells the ``index`` of its own. None: there is nothing yet."""
+    each object tells the ``index`` of its own. None, as the first one: there is nothing yet."""
     n_probs = job.requests[0].sampling.n_probs
     tokenizer = service.model.tokenizer
     with service.submit(job.requests, job.system_prompt) as streams:
+        yield None
         for index, event in events(streams, client, whole=not job.stream):
             if event is None:
                 yield None
@@ -144,10 +145,10 @@ def _complete(service: Service, job: _Job, client: Client, notes: dict[str, Any]
                 yield {**which, **chunk}
 
 
-def _join(chunks: Iterable[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
+def _join(chunks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | list[dict[str, Any]]:
     """The answer to a request that is not streamed, from the chunks of one that is; an array for several prompts."""
     pieces: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-    for chunk in chunks:
+    for chunk in filter(None, chunks):
         pieces[chunk.get("index", 0)].append(chunk)
     results = []
     for index in sorted(pieces):

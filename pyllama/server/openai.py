@@ -44,7 +44,7 @@ def add_routes(app: Bottle, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     @app.post("/chat/completions")
-    def chat_completions() -> Iterator[bytes] | bytes:
+    def chat_completions() -> bytes:
         fields = json_fields(service)
         _refuse_tools(fields)
         n_logprobs = _read_top_logprobs(fields)
@@ -61,7 +61,7 @@ def add_routes(app: Bottle, service: Service) -> None:
         return _answer(choices, requests, fields, service, system)
 
     @app.post("/v1/completions")
-    def completions() -> Iterator[bytes] | bytes:
+    def completions() -> bytes:
         fields = json_fields(service)
         n_logprobs = fields.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
         echo = fields.boolean("echo", False)
@@ -221,7 +221,7 @@ def _answer(
     fields: Fields,
     service: Service,
     system_prompt: SystemPrompt | None,
-) -> Iterator[bytes] | bytes:
+) -> bytes:
     usage = fields.object("stream_options").boolean("include_usage", False)
     head = {
         "created": int(time.time()),
@@ -248,7 +248,7 @@ class _Answer:
     notes: dict[str, Any]
 
     def chunks(self, with_usage: bool) -> Iterator[object]:
-        """What a stream sends, the choices side by side."""
+        """What a stream sends, the choices side by side. None, as the first one: there is nothing yet."""
         head = {**self.head, "object": self.choices[0].chunk_kind}
         if with_usage:
             head["usage"] = None
@@ -258,6 +258,7 @@ class _Answer:
 
         done: dict[int, Done] = {}
         with self.service.submit(self.requests, self.system_prompt) as streams:
+            yield None
             unopened = set()  # until there are scores
             for index, choice in enumerate(self.choices):
                 if self.requests[index].score_prompt:

@@ -7,7 +7,6 @@ endpoint.
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ __all__ = ["LOADING", "Defaults", "Service", "SystemPrompt", "events"]
 LOADING = "the model is being loaded"
 STOPPING = "the server is shutting down"
 _POLL_SECONDS = 0.05
-"""How often streams that are silent look whether their client is still there."""
+"""How often those who wait for all of an answer look whether its client is still there."""
 
 
 @dataclass(frozen=True)
@@ -233,42 +232,38 @@ def _encode_system_prompt(tokenizer: Tokenizer, system_prompt: SystemPrompt) -> 
 def events(
     streams: Sequence[Stream], client: Client, *, whole: bool = False
 ) -> Iterator[tuple[int, Token | Done | None]]:
-    """The events of one client's streams as they come, each with its stream's number, up to every one's :class:`Done`.
-    When the client is gone the streams are cancelled.
+    """The events of one client's streams, each with its stream's number, up to every one's :class:`Done`.
 
     Args:
-        client: who gets the answer. When they want to hear of news, None stands for an event that is not there yet.
-        whole: begin when all events are there.
+        client: who gets the answer.
+        whole: wait until all events are there; when the client is gone the streams are cancelled. Otherwise an event that is
+            None stands for those that are yet to come, and the client gets to know when they have.
 
     Raises:
         ApiError: 500 when generation failed, 503 when the server stops.
     """
-    for stream in streams if whole else ():
-        while not stream.wait(_POLL_SECONDS):
-            if client.is_gone():
-                _cancel(streams)
-    running = dict(enumerate(streams))
-    speaker = 0
-    while running:
-        if client.is_gone():
-            _cancel(running.values())
-        heard = False
-        # The one that was heard last is waited for: the others, whose tokens come of the same steps, have spoken by then.
-        awaited = speaker if speaker in running else min(running)
-        for index in sorted(running, key=lambda index: index != awaited):
-            stream = running[index]
+    for stream in streams:
+        if whole:
+            _await(stream, streams, client)
+        else:
             stream.listener = client.write_news
-            try:
-                event = stream.get(timeout=_POLL_SECONDS if index == awaited and client.write_news is None else 0)
-            except queue.Empty:
-                continue
-            speaker, heard = index, True
-            if isinstance(event, Done):
-                _check(event)
-                del running[index]
-            yield index, event
-        if not heard and client.write_news is not None:
-            yield awaited, None
+    running = dict(enumerate(streams))
+    while running:
+        for index, stream in list(running.items()):
+            for event in stream.take():
+                if isinstance(event, Done):
+                    _check(event)
+                    del running[index]
+                yield index, event
+        if running:
+            yield 0, None
+
+
+def _await(stream: Stream, streams: Sequence[Stream], client: Client) -> None:
+    """Waits until a stream has ended, which all do soon when the client is gone."""
+    while not stream.wait(_POLL_SECONDS):
+        if client.is_gone():
+            _cancel(streams)
 
 
 def _cancel(streams: Iterable[Stream]) -> None:

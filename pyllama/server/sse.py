@@ -15,25 +15,33 @@ DONE = "[DONE]"
 """The last event of OpenAI's streams, as it is and not as JSON."""
 
 
-def send_events(values: Iterator[object], client: Client) -> Iterator[bytes]:
-    """The body of a response that sends each value as soon as it is there; None says that none is.
+def send_events(values: Iterator[object], client: Client) -> bytes:
+    """Answers with a stream that sends each value as soon as it is there; None says that none is.
 
-    An ``ApiError`` before the first value becomes an ordinary error response, a later one the last event.
+    Args:
+        values: the first is None and comes when the request is under way. Until then, an ``ApiError`` becomes an ordinary
+            error response in the handler's thread, and after that until the first event; a later one the last event.
+
+    Returns:
+        What the handler is to return.
     """
+    next(values)
     response.content_type = "text/event-stream"
     response.set_header("Cache-Control", "no-cache")
-    return _encode(values, client)
+    client.stream(_encode(values))
+    return b""
 
 
-def _encode(values: Iterator[object], client: Client) -> Iterator[bytes]:
+def _encode(values: Iterator[object]) -> Iterator[bytes]:
+    has_begun = False
     try:
         for value in values:
             if value is None:
                 yield b""
                 continue
-            client.takes_news = True
+            has_begun = True
             yield b"data: " + (value.encode() if value is DONE else dump(value)) + b"\n\n"
     except ApiError as error:
-        if not client.takes_news:
+        if not has_begun:
             raise
         yield b"data: " + error_body(error.status_code, error.message) + b"\n\n"
