@@ -1,4 +1,4 @@
-"""The GGUF container: reading (by mmap) and writing.
+"""The GGUF container: reading and writing.
 
 Nothing in a file is believed: every count, length, offset, type and dimension is checked against the file's size before it is
 used, so that a damaged or lying file ends in a :class:`GGUFError` that names the problem. This module knows the container, not
@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +26,7 @@ MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 _MOST_DIMENSIONS = 4
 _LONGEST_NAME = 1 << 16
+_FIRST_BYTES = 1 << 24  # most files' metadata are shorter
 
 # Value types: number -> (struct format, NumPy dtype)
 _SCALARS: dict[int, tuple[str, str]] = {
@@ -87,21 +88,41 @@ class StringArray(Sequence[bytes]):
 
 
 class _Cursor:
-    """Reads little-endian values one after another, never past the end."""
+    """Reads little-endian values one after another, never past the end.
 
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.at = data, 0
+    ``data`` is the file from its beginning on: mapped whole, or as much as had to be read so far.
+    """
+
+    def __init__(self, file: BinaryIO, *, mmap: bool) -> None:
+        self._file = file
+        self.at, self.n_bytes = 0, os.fstat(file.fileno()).st_size
+        if self.n_bytes < len(MAGIC):
+            raise GGUFError("not a GGUF file: it is shorter than the file's mark")
+        if mmap:
+            self.data = memoryview(mmap_module.mmap(file.fileno(), 0, access=mmap_module.ACCESS_READ))
+        else:
+            self.data = memoryview(file.read(_FIRST_BYTES))
 
     @property
     def left(self) -> int:
-        return len(self.data) - self.at
+        return self.n_bytes - self.at
 
     def take(self, n: int, what: str) -> memoryview:
         if n > self.left:
-            end = len(self.data)
-            raise GGUFError(f"the file ends at byte {end}, within {what}: {n} bytes from byte {self.at} on are missing")
+            raise GGUFError(
+                f"the file ends at byte {self.n_bytes}, within {what}: {n} bytes from byte {self.at} on are missing"
+            )
+        while self.at + n > len(self.data):
+            self._read_more()
         self.at += n
         return self.data[self.at - n : self.at]
+
+    def _read_more(self) -> None:
+        size = len(self.data)
+        self._file.seek(0)
+        self.data = memoryview(self._file.read(4 * size))
+        if len(self.data) <= size:
+            raise GGUFError(f"the file ends at byte {size}; it was longer when it was opened")
 
     def number(self, fmt: str, what: str) -> Any:
         return struct.unpack(fmt, self.take(struct.calcsize(fmt), what))[0]
@@ -145,15 +166,18 @@ class _Cursor:
 
     def _strings(self, key: str, count: int) -> StringArray:
         offsets, lengths = np.empty(count, np.int64), np.empty(count, np.int64)
-        rest = self.data[self.at :]
-        try:
-            walked = call(
-                lib.pl_gguf_scan_strings, ffi.from_buffer(rest), len(rest), count,
-                ffi.cast("int64_t *", offsets.ctypes.data), ffi.cast("int64_t *", lengths.ctypes.data),
-            )  # fmt: skip
-        except CoreError as error:
-            raise GGUFError(f"array {key!r}: {error}") from None
-        return StringArray(self.take(walked, f"array {key!r}"), offsets, lengths)
+        while True:
+            rest = self.data[self.at :]
+            try:
+                walked = call(
+                    lib.pl_gguf_scan_strings, ffi.from_buffer(rest), len(rest), count,
+                    ffi.cast("int64_t *", offsets.ctypes.data), ffi.cast("int64_t *", lengths.ctypes.data),
+                )  # fmt: skip
+                return StringArray(self.take(walked, f"array {key!r}"), offsets, lengths)
+            except CoreError as error:
+                if len(rest) == self.left:
+                    raise GGUFError(f"array {key!r}: {error}") from None
+            self._read_more()
 
 
 class GGUFFile:
@@ -165,10 +189,10 @@ class GGUFFile:
         tensors: name → :class:`TensorInfo`.
     """
 
-    def __init__(self, data: memoryview, path: Path, mapping: mmap_module.mmap | None = None) -> None:
-        self.path = path
-        self._data, self._mapping = data, mapping
-        cursor = _Cursor(data)
+    def __init__(self, path: Path, file: BinaryIO, *, mmap: bool) -> None:
+        self.path, self._file = path, file
+        cursor = _Cursor(file, mmap=mmap)
+        self._n_bytes = cursor.n_bytes
         n_tensors, n_keys = self._read_header(cursor)
         self.metadata = self._read_metadata(cursor, n_keys)
         self.alignment = self._read_alignment()
@@ -179,29 +203,28 @@ class GGUFFile:
         """Opens and checks a file; tensor data is not touched yet.
 
         Args:
-            mmap: map the file; otherwise read it whole.
+            mmap: map the file's metadata; otherwise read them.
 
         Raises:
             GGUFError: see the class.
             OSError: the file cannot be read.
         """
         path = Path(path)
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < len(MAGIC):
-                raise GGUFError(f"{path} is not a GGUF file: it is shorter than the file's mark")
-            mapping = mmap_module.mmap(file.fileno(), 0, access=mmap_module.ACCESS_READ) if mmap else None
-            data = file.read() if mapping is None else mapping
+        file = path.open("rb")
         try:
-            return cls(memoryview(data), path, mapping)
+            return cls(path, file, mmap=mmap)
         except GGUFError as error:
+            file.close()
             # Raised anew: the old traceback's frames keep views of the mapping, which could not be closed then.
             raise GGUFError(f"{path}: {error}") from None
+        except BaseException:
+            file.close()
+            raise
 
     def close(self) -> None:
         """Ends the use of the file. String arrays taken from it stay valid as long as they are kept."""
         self.metadata = {}
-        self._data = memoryview(b"")
-        self._mapping = None  # unmapped when the last view of it goes
+        self._file.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -224,9 +247,9 @@ class GGUFFile:
         n_tensors, n_keys = cursor.number("<Q", "the tensor count"), cursor.number("<Q", "the key count")
         # The shortest entries: a tensor takes 8 + 0 + 4 + 4 + 8 bytes, a key 8 + 0 + 4 + 1.
         if n_tensors > cursor.left // 24:
-            raise GGUFError(f"the file claims {n_tensors} tensors, more than its {len(cursor.data)} bytes can hold")
+            raise GGUFError(f"the file claims {n_tensors} tensors, more than its {cursor.n_bytes} bytes can hold")
         if n_keys > cursor.left // 13:
-            raise GGUFError(f"the file claims {n_keys} metadata keys, more than its {len(cursor.data)} bytes can hold")
+            raise GGUFError(f"the file claims {n_keys} metadata keys, more than its {cursor.n_bytes} bytes can hold")
         return n_tensors, n_keys
 
     @staticmethod
@@ -280,9 +303,9 @@ class GGUFFile:
             raise GGUFError(f"tensor {name!r} has the dimensions {shape}, which type {_TYPE_NAMES[kind]} cannot have")
         if offset % self.alignment:
             raise GGUFError(f"tensor {name!r} begins at {offset}, which is not a multiple of the alignment {self.alignment}")
-        if start + offset + n_bytes > len(self._data):
+        if start + offset + n_bytes > self._n_bytes:
             raise GGUFError(
-                f"tensor {name!r} takes bytes {start + offset} to {start + offset + n_bytes}; the file has {len(self._data)}"
+                f"tensor {name!r} takes bytes {start + offset} to {start + offset + n_bytes}; the file has {self._n_bytes}"
                 " (was it cut short?)"
             )
         return TensorInfo(name, kind, shape, start + offset, n_bytes)
@@ -318,15 +341,27 @@ class GGUFFile:
             raise GGUFError(f"the metadata key {key!r} is missing")
         return self.get(key, kind=kind)
 
-    def data(self, name: str) -> memoryview:
-        """The tensor's bytes, ``n_bytes`` long, read-only."""
-        info = self.tensors[name]
-        return self._data[info.offset : info.offset + info.n_bytes]
+    def data(self, name: str) -> bytes:
+        """The tensor's bytes, ``n_bytes`` long.
 
-    @property
-    def is_mapped(self) -> bool:
-        """Is the file mapped, rather than read into memory?"""
-        return self._mapping is not None
+        Raises:
+            GGUFError: the file has become shorter.
+            ValueError: it was closed.
+        """
+        info = self.tensors[name]
+        self._file.seek(info.offset)
+        data = self._file.read(info.n_bytes)
+        if len(data) < info.n_bytes:
+            raise GGUFError(f"tensor {name!r}: the file ends within it")
+        return data
+
+    def fileno(self) -> int:
+        """The open file's descriptor, by which the core reads.
+
+        Raises:
+            ValueError: it was closed.
+        """
+        return self._file.fileno()
 
 
 def _describe(value: Any) -> str:

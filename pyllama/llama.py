@@ -64,7 +64,7 @@ class Llama:
         n_threads_batch: threads that read prompts; None: the same.
         n_parallel: calls that are worked on at a time; more wait.
         seed: of the calls that name none; -1: a new one each time.
-        use_mmap: map the file instead of reading it.
+        use_mmap: map the metadata of the file instead of reading them; weights are always read.
         use_mlock: keep the weights in memory.
         type_k: what keys are kept as: ``f32``, ``f16``, ``q8_0`` or ``q4_0``, or GGUF's number of one of these types; None: f16.
         type_v: the same for values.

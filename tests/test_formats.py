@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -107,6 +110,41 @@ def test_threads_and_an_arena_make_the_same_panels():
         np.testing.assert_array_equal(other, first)
     with pytest.raises(CoreError, match="full"):
         new_weight("Q4_K", 300, 512, data, arena)
+
+
+def read_weight(path: Path, name: str, n_rows: int, n_cols: int, offset: int, flags: int = os.O_RDONLY, pool=ffi.NULL):
+    n_bytes = lib.pl_type_bytes(TYPES[name], n_rows, n_cols)
+    file = os.open(path, flags)
+    try:
+        return create(
+            lib.pl_weight_read, lib.pl_weight_free, ffi.NULL, TYPES[name], n_rows, n_cols, file, offset, n_bytes, pool
+        )
+    finally:
+        os.close(file)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(("n_rows", "n_cols", "n_threads"), [(1, 256, 1), (37, 512, 2), (330, 4096, 3), (16, 16384, 2)])
+def test_a_matrix_is_read_from_a_file(tmp_path, name, n_rows, n_cols, n_threads):
+    data = random_tensor(np.random.default_rng(4), name, n_rows, n_cols)
+    (tmp_path / "x").write_bytes(b"seven b" + data.tobytes() + b"more")
+    pool = create(lib.pl_pool_new, lib.pl_pool_free, n_threads)
+    weight = read_weight(tmp_path / "x", name, n_rows, n_cols, 7, pool=pool)
+    rows = list(range(n_rows))
+    np.testing.assert_array_equal(
+        weight_rows(weight, rows, n_cols), weight_rows(new_weight(name, n_rows, n_cols, data), rows, n_cols)
+    )
+
+
+def test_what_cannot_be_read_from_a_file(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(100 * 18))
+    read_weight(tmp_path / "x", "Q4_0", 100, 32, 0)
+    with pytest.raises(CoreError, match="the file ends within it"):
+        read_weight(tmp_path / "x", "Q4_0", 100, 32, 1)
+    with pytest.raises(CoreError, match="it could not be read: Bad file descriptor"):
+        read_weight(tmp_path / "x", "Q4_0", 100, 32, 0, os.O_WRONLY)
+    with pytest.raises(CoreError, match="Invalid argument"):
+        read_weight(tmp_path / "x", "Q4_0", 100, 32, -1)
 
 
 @pytest.mark.parametrize(

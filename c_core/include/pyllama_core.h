@@ -92,10 +92,10 @@ int64_t pl_weight_panel_bytes(int32_t type, int64_t n_rows, int64_t n_cols, pl_e
  * matrix lives in `arena`, which must outlive it (NULL: in memory of its own). */
 pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, const void *data, int64_t n_bytes,
                          pl_pool *pool, pl_error *err);
+/* The same with the `n_bytes` from `offset` on of a file that is open with this descriptor. */
+pl_weight *pl_weight_read(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, int32_t file, int64_t offset,
+                          int64_t n_bytes, pl_pool *pool, pl_error *err);
 void pl_weight_free(pl_weight *w);
-/* Gives back the memory of those pages of a mapped file that lie within the data: they are read again when they are looked at.
- * Only for mappings that nobody writes to. */
-void pl_release_mapping(const void *data, int64_t n_bytes, pl_pool *pool);
 /* Expands rows[0..n) into out[n][n_cols]. */
 int32_t pl_weight_rows(const pl_weight *w, const int32_t *rows, int32_t n, float *out, pl_error *err);
 /* out[n_tokens][n_rows] = x[n_tokens][n_cols] times the transpose of w; activations are quantized as in a program. */

@@ -170,34 +170,75 @@ void pl_relay_rows(const pl_weight *w, const uint8_t *data, int64_t n_rows, uint
     }
 }
 
+/* Where a matrix comes from, and how far the threads are with it. */
 typedef struct relay_job {
-    pl_weight *w;
-    const uint8_t *data;
+    const pl_weight *w;
+    const uint8_t *data; /* NULL: it is read from the file */
+    int file;
+    int64_t offset;
     pl_relay relay;
+    int64_t step; /* panels that a thread takes at a time */
     atomic_int next;
+    atomic_int error; /* that kept a thread from its work: errno, or FILE_ENDS */
 } relay_job;
+
+enum { FILE_ENDS = -1 };
+
+/* Reads n bytes from `at` on; 0, errno or FILE_ENDS. */
+static int read_all(int file, uint8_t *out, int64_t n, int64_t at) {
+    while (n > 0) {
+        const ssize_t got = pread(file, out, (size_t)n, (off_t)at);
+        if (got > 0) {
+            out += got;
+            at += got;
+            n -= got;
+        } else if (got == 0) {
+            return FILE_ENDS;
+        } else if (errno != EINTR) {
+            return errno;
+        }
+    }
+    return 0;
+}
+
+/* Panels first .. last - 1, from rows that lie one behind the other at `data`. */
+static void relay_panels(const relay_job *job, const uint8_t *data, int64_t first, int64_t last) {
+    const pl_weight *w = job->w;
+    for (int64_t panel = first; panel < last; panel++, data += PL_PANEL_ROWS * row_bytes(w)) {
+        const int64_t n_rows = PL_MIN(w->n_rows - panel * PL_PANEL_ROWS, PL_PANEL_ROWS);
+        uint8_t *out = w->panels + panel * w->panel_bytes;
+        if (n_rows == PL_PANEL_ROWS) {
+            job->relay(w, data, out);
+        } else {
+            pl_relay_rows(w, data, n_rows, out); /* the other rows are zero, as fresh memory is */
+        }
+    }
+}
 
 static void relay(void *context, const pl_member *member) {
     (void)member;
     relay_job *job = context;
     const pl_weight *w = job->w;
-    const int32_t step = 8;
-    for (;;) {
-        const int64_t first = (int64_t)pl_claim(&job->next) * step;
+    const int64_t most_rows = PL_MIN(job->step * PL_PANEL_ROWS, w->n_rows);
+    uint8_t *buffer = job->data ? NULL : malloc((size_t)(most_rows * row_bytes(w)));
+    int error = job->data || buffer ? 0 : ENOMEM;
+    while (!error) {
+        const int64_t first = (int64_t)pl_claim(&job->next) * job->step, last = PL_MIN(first + job->step, w->n_panels);
         if (first >= w->n_panels) {
-            return;
+            break;
         }
-        for (int64_t panel = first; panel < PL_MIN(first + step, w->n_panels); panel++) {
-            const int64_t row = panel * PL_PANEL_ROWS, n_rows = PL_MIN(w->n_rows - row, PL_PANEL_ROWS);
-            const uint8_t *data = job->data + row * row_bytes(w);
-            uint8_t *out = w->panels + panel * w->panel_bytes;
-            if (n_rows == PL_PANEL_ROWS) {
-                job->relay(w, data, out);
-            } else {
-                pl_relay_rows(w, data, n_rows, out); /* the other rows are zero, as fresh memory is */
-            }
+        const int64_t begin = first * PL_PANEL_ROWS * row_bytes(w), end = PL_MIN(last * PL_PANEL_ROWS, w->n_rows) * row_bytes(w);
+        if (!job->data) {
+            error = read_all(job->file, buffer, end - begin, job->offset + begin);
+        }
+        if (!error) {
+            relay_panels(job, job->data ? job->data + begin : buffer, first, last);
         }
     }
+    if (error) {
+        atomic_store(&job->error, error);
+    }
+    free(buffer);
 }
 
 static int32_t describe(pl_weight *w, int32_t type, int64_t n_rows, int64_t n_cols, pl_error *err) {
@@ -224,8 +265,8 @@ PL_API int64_t pl_weight_panel_bytes(int32_t type, int64_t n_rows, int64_t n_col
     return describe(&w, type, n_rows, n_cols, err) < 0 ? -1 : w.n_panels * w.panel_bytes;
 }
 
-PL_API pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, const void *data,
-                                int64_t n_bytes, pl_pool *pool, pl_error *err) {
+/* A matrix whose panels have yet to be filled. */
+static pl_weight *unfilled(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, int64_t n_bytes, pl_error *err) {
     pl_weight *w = pl_alloc(sizeof *w, err);
     if (!w) {
         return NULL;
@@ -247,36 +288,44 @@ PL_API pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, i
         pl_free(w);
         return NULL;
     }
-    relay_job job = {.w = w, .data = data, .relay = pl_cpu()->relay};
-    pl_pool_run(pool, 0, relay, &job);
     return w;
 }
 
-typedef struct release_job {
-    uint8_t *first, *last;
-    atomic_int next;
-} release_job;
-
-static void release(void *context, const pl_member *member) {
-    enum { PIECE = 4 << 20 };
-    (void)member;
-    release_job *job = context;
-    for (;;) {
-        const int64_t at = (int64_t)pl_claim(&job->next) * PIECE, left = job->last - job->first - at;
-        if (left <= 0) {
-            return;
-        }
-        madvise(job->first + at, (size_t)PL_MIN(PIECE, left), MADV_DONTNEED);
+/* Fills the panels; `source` tells where from. Frees the matrix on failure. */
+static pl_weight *filled(pl_weight *w, relay_job source, pl_pool *pool, pl_error *err) {
+    /* What a thread reads at once and what it makes of it stay in its second-level cache. */
+    enum { MOST_AT_ONCE = 128 << 10, PIECES_PER_THREAD = 4 };
+    if (!w) {
+        return NULL;
     }
+    const int64_t pieces = PIECES_PER_THREAD * pl_pool_size(pool), fair = (w->n_panels + pieces - 1) / pieces;
+    source.w = w;
+    source.relay = pl_cpu()->relay;
+    source.step = PL_MAX(PL_MIN(MOST_AT_ONCE / (PL_PANEL_ROWS * row_bytes(w)), fair), 1);
+    pl_pool_run(pool, 0, relay, &source);
+    const int error = atomic_load(&source.error);
+    if (error) {
+        if (error == FILE_ENDS) {
+            pl_fail(err, "the file ends within it");
+        } else {
+            pl_fail(err, "it could not be read: %s", strerror(error));
+        }
+        pl_weight_free(w);
+        return NULL;
+    }
+    return w;
 }
 
-PL_API void pl_release_mapping(const void *data, int64_t n_bytes, pl_pool *pool) {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)data, end = begin + (uintptr_t)n_bytes;
-    const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-    if (first < last) {
-        release_job job = {.first = (uint8_t *)first, .last = (uint8_t *)last};
-        pl_pool_run(pool, 0, release, &job);
-    }
+PL_API pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, const void *data,
+                                int64_t n_bytes, pl_pool *pool, pl_error *err) {
+    pl_weight *w = unfilled(arena, type, n_rows, n_cols, n_bytes, err);
+    return filled(w, (relay_job){.data = data}, pool, err);
+}
+
+PL_API pl_weight *pl_weight_read(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, int32_t file, int64_t offset,
+                                 int64_t n_bytes, pl_pool *pool, pl_error *err) {
+    pl_weight *w = unfilled(arena, type, n_rows, n_cols, n_bytes, err);
+    return filled(w, (relay_job){.file = file, .offset = offset}, pool, err);
 }
 
 PL_API void pl_weight_free(pl_weight *w) {

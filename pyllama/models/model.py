@@ -222,7 +222,7 @@ def load(
         max_sequences: most sequences of one run.
         kv_type: what keys and values are kept as, one of :data:`KV_TYPES`, or one for keys and one for values. The quantized
             types need heads whose size is a multiple of 32.
-        mmap: map the file instead of reading it.
+        mmap: map the metadata of the file instead of reading them; weights are always read.
         mlock: keep the weights in memory.
         rope: how to scale rotary positions, instead of what the file says.
         progress: called with the fraction done.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pyllama.core import ThreadPool, call, create, ffi, lib
+from pyllama.core import CoreError, ThreadPool, call, create, ffi, lib
 from pyllama.gguf import GGUFFile, TensorInfo
 from pyllama.graph import Matrix, Vector
 from pyllama.models.hparams import ModelError
@@ -80,24 +80,23 @@ class Weights:
         return self._made[full]
 
     def _make(self, info: TensorInfo) -> Matrix | Vector:
-        data = self._gguf.data(info.name)
-        pointer = ffi.from_buffer(data)
         if len(info.shape) == 1:
             values = np.empty(info.shape[0], np.float32)
             call(
-                lib.pl_dequantize, info.type, pointer, info.n_bytes, info.shape[0],
+                lib.pl_dequantize, info.type, ffi.from_buffer(self._gguf.data(info.name)), info.n_bytes, info.shape[0],
                 ffi.cast("float *", values.ctypes.data),
             )  # fmt: skip
             return Vector(info.name, values)
         if len(info.shape) != 2:
             raise ModelError(f"tensor {info.name!r} has {len(info.shape)} dimensions; 1 or 2 are possible")
         cols, rows = info.shape
-        handle = create(
-            lib.pl_weight_new, lib.pl_weight_free,
-            self.arena, info.type, rows, cols, pointer, info.n_bytes, self._pool.handle,
-        )  # fmt: skip
-        if self._gguf.is_mapped:
-            lib.pl_release_mapping(pointer, info.n_bytes, self._pool.handle)
+        try:
+            handle = create(
+                lib.pl_weight_read, lib.pl_weight_free,
+                self.arena, info.type, rows, cols, self._gguf.fileno(), info.offset, info.n_bytes, self._pool.handle,
+            )  # fmt: skip
+        except CoreError as error:
+            raise ModelError(f"tensor {info.name!r}: {error}") from None
         return Matrix(info.name, rows, cols, info.type in _FLOAT_TYPES, handle)
 
     def layer(self, index: int) -> _Layer:
