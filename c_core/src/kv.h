@@ -1,9 +1,9 @@
 /*
  * kv.h - the pool of key/value blocks.
  *
- * K of a layer is [block][kv head], each a matrix of head_dim x 32 tokens that is kept transposed, so that the scores of a
- * block's 32 tokens fill a register or two without sums across lanes; V is [block][kv head], each 32 tokens x head_dim. K and
- * V may be of different types:
+ * K of a layer is [kv head][block], so that blocks which follow each other are read as one stream, each a matrix of head_dim x
+ * 32 tokens that is kept transposed, so that the scores of a block's 32 tokens fill a register or two without sums across
+ * lanes; V is [kv head][block], each 32 tokens x head_dim. K and V may be of different types:
  *
  * type        K of one block and head                             V of one block and head
  * f32, f16    [head_dim][32]                                      [32][width], width being head_dim rounded up to 16
@@ -38,11 +38,11 @@ struct pl_kv {
 static inline int64_t pl_kv_width(int32_t head_dim) { return pl_round_up(head_dim, 16); }
 
 static inline uint8_t *pl_kv_keys(const pl_kv *kv, int32_t layer, int32_t block, int32_t head) {
-    return kv->keys + (((int64_t)layer * kv->n_blocks + block) * kv->n_head_kv + head) * kv->key_bytes;
+    return kv->keys + (((int64_t)layer * kv->n_head_kv + head) * kv->n_blocks + block) * kv->key_bytes;
 }
 
 static inline uint8_t *pl_kv_values(const pl_kv *kv, int32_t layer, int32_t block, int32_t head) {
-    return kv->values + (((int64_t)layer * kv->n_blocks + block) * kv->n_head_kv + head) * kv->value_bytes;
+    return kv->values + (((int64_t)layer * kv->n_head_kv + head) * kv->n_blocks + block) * kv->value_bytes;
 }
 
 /* Where the scales of a quantized block and head begin. */

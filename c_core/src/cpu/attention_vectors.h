@@ -164,9 +164,9 @@ INLINE floats cap_softly(floats x, float cap) {
 
 /* ---- scores of blocks ---------------------------------------------------------------------------------------------- */
 
-/* Blocks that n rows take together: few rows alone would not fill the multipliers. The order of a row's sums is the same for
- * every n, so that a token's result does not depend on what else is in the batch. */
-#define AT_ONCE(n) ((n) > 1 ? (n) <= ROWS / 4 ? 2 : 1 : ROWS >= 8 ? 4 : 2)
+/* Blocks that n rows take together: a row alone would not fill the multipliers, and memory is read faster as one stream. The
+ * order of a row's sums is the same for every n, so that a token's result does not depend on what else is in the batch. */
+#define AT_ONCE(n) ((n) > 1 ? 1 : ROWS >= 8 ? 4 : 2)
 
 /*
  * q of n rows times K of some blocks, [n_rows][32] each; a step takes an element, or a pair. q is packed as
@@ -189,8 +189,8 @@ INLINE void score(int n, int n_blocks, int type, const float *q, const void *con
         for (int32_t i = 0; i < count; i++) {
             const int64_t row = (int64_t)(step + i) * rows;
             UNROLL for (int b = 0; b < n_blocks; b++) {
-                UNROLL for (int j = 0; j < rows; j++) {
-                    __builtin_prefetch((const char *)next[b] + (row + j) * PL_BLOCK_TOKENS * bytes);
+                UNROLL for (int line = 0; line < rows * PL_BLOCK_TOKENS * bytes; line += 64) {
+                    __builtin_prefetch((const char *)next[b] + row * PL_BLOCK_TOKENS * bytes + line);
                 }
                 floats k[BLOCK_VECTORS];
                 UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
