@@ -172,9 +172,10 @@ static void join(const pl_attention_args *a, const tile *t, int32_t chunk, int32
 
 /*
  * A tile: into the sums at `sums`. Each chunk is summed by itself and then joined with those before it, so that a row's result
- * is the same whoever computes which chunks, and whatever other rows come along.
+ * is the same whoever computes which chunks, and whatever other rows come along. With `apart`, chunks are left to be joined
+ * later: each one's sums are so many floats behind those of the one before.
  */
-static void attend(const pl_attention_args *a, const tile *t, const workspace *w, float *sums) {
+static void attend(const pl_attention_args *a, const tile *t, const workspace *w, float *sums, int64_t apart) {
     enum { MOST_ROWS = PL_MAX((int)MOST_TILE_ROWS, (int)PL_MOST_HEADS_PER_GROUP) };
     const pl_kv *kv = a->kv;
     const pl_attention_kernels *k = a->kernels;
@@ -200,12 +201,14 @@ static void attend(const pl_attention_args *a, const tile *t, const workspace *w
     }
     attend_chunk(a, t, t->chunks.first, w, &span, &whole);
     for (int32_t chunk = t->chunks.first + 1; chunk < t->chunks.last; chunk++) {
-        pl_attention_rows part = rows_of(a, t, w->part);
+        pl_attention_rows part = rows_of(a, t, apart ? sums + (chunk - t->chunks.first) * apart : w->part);
         part.q = q;
         part.packed_q = w->packed_q;
         memcpy(part.exponent, whole.exponent, sizeof(float) * (size_t)part.n); /* most likely they will do */
         attend_chunk(a, t, chunk, w, &span, &part);
-        join(a, t, chunk, 0, part.n, &whole, &part);
+        if (!apart) {
+            join(a, t, chunk, 0, part.n, &whole, &part);
+        }
     }
 }
 
@@ -230,12 +233,15 @@ static void write_rows(const pl_attention_args *a, const tile *t, int32_t from, 
     }
 }
 
-/* The rows of a split sequence and one head whose turn it is: their parts, which lie one after another, become one. */
-static void join_parts(const pl_attention_args *a, const tile *t, float *parts, int32_t *turn, const pl_member *member) {
+/*
+ * The rows of a split sequence and one head that are this member's to finish: their parts, which lie one after another, become
+ * one. Rows are shared in the order of the members' own items, so that most parts are where they were made.
+ */
+static void join_parts(const pl_attention_args *a, const tile *t, float *parts, const pl_member *member) {
     pl_attention_rows whole = rows_of(a, t, parts);
-    const int64_t apart = sums_floats(whole.n, pl_kv_width(whole.head_dim));
+    const int64_t apart = sums_floats(whole.n, pl_kv_width(whole.head_dim)), n_rows = (int64_t)whole.n * a->kv->n_head_kv;
     for (int32_t r = 0; r < whole.n; r++) {
-        if ((*turn)++ % member->count == member->index) {
+        if (((int64_t)t->head * whole.n + r) * member->count / n_rows == member->index) {
             for (int32_t chunk = t->chunks.first + 1; chunk < t->chunks.last; chunk++) {
                 const pl_attention_rows part = rows_of(a, t, parts + (chunk - t->chunks.first) * apart);
                 join(a, t, chunk, r, r + 1, &whole, &part);
@@ -245,21 +251,57 @@ static void join_parts(const pl_attention_args *a, const tile *t, float *parts, 
     }
 }
 
-/* Item `which` of one head of a sequence; its parts, if it is split, are at `parts`. */
-static void run_item(const pl_attention_args *a, const pl_sequence *s, const cut *c, int32_t head, int32_t which, float *parts,
+/* Tile `which` of one head of a sequence that is not split. */
+static void run_tile(const pl_attention_args *a, const pl_sequence *s, const cut *c, int32_t head, int32_t which,
                      const workspace *w) {
-    tile t = {s, head, 0, s->n_tokens, c->chunks};
-    if (c->split) {
-        t.chunks = (chunks){c->chunks.first + which, c->chunks.first + which + 1};
-        attend(a, &t, w, parts + which * sums_floats((int64_t)t.n * (a->n_head / a->kv->n_head_kv), pl_kv_width(a->kv->head_dim)));
-        return;
-    }
+    tile t = {.s = s, .head = head};
     t.first = (c->n_tiles - 1 - which) * c->tile_tokens; /* later tiles see more: the longest first */
     t.n = PL_MIN(c->tile_tokens, s->n_tokens - t.first);
     t.chunks = chunks_of(a, position_of(&t, 0), position_of(&t, t.n - 1));
-    attend(a, &t, w, w->whole);
+    attend(a, &t, w, w->whole, 0);
     const pl_attention_rows rows = rows_of(a, &t, w->whole);
     write_rows(a, &t, 0, rows.n, &rows);
+}
+
+/* Items [first, end) of a sequence: chunks, head by head, whose parts are at `parts`, or tiles. */
+static void run_items(const pl_attention_args *a, const pl_sequence *s, const cut *c, int32_t first, int32_t end, float *parts,
+                      const workspace *w) {
+    const int32_t n_head_kv = a->kv->n_head_kv, n_chunks = c->chunks.last - c->chunks.first;
+    for (int32_t item = first, n; item < end; item += n) {
+        if (!c->split) {
+            run_tile(a, s, c, item % n_head_kv, item / n_head_kv, w);
+            n = 1;
+            continue;
+        }
+        const int32_t chunk = item % n_chunks;
+        n = PL_MIN(n_chunks - chunk, end - item); /* one after another: memory is read as a stream */
+        const tile t = {s, item / n_chunks, 0, s->n_tokens, {c->chunks.first + chunk, c->chunks.first + chunk + n}};
+        const int64_t apart = c->part_floats / ((int64_t)n_chunks * n_head_kv);
+        attend(a, &t, w, parts + item * apart, apart);
+    }
+}
+
+/* Items [first, end) of all sequences are what a member does next. */
+typedef struct share {
+    int32_t first, end;
+    int32_t own; /* each member's, without asking: those of a lone sequence that is split take equally long */
+    bool keeps_heads;
+} share;
+
+static share first_share(const pl_attention_args *a, int64_t room, atomic_int *counter, const pl_member *member) {
+    share s = {.keeps_heads = pl_attention_keeps_heads(a, member->count)};
+    const cut c = cut_sequence(a, a->sequences, member->count, room);
+    if (a->n_sequences == 1 && c.split) {
+        s.own = (c.chunks.last - c.chunks.first) * a->kv->n_head_kv * 7 / 8 / member->count;
+    }
+    s.first = s.own ? s.own * member->index : s.keeps_heads ? member->index : pl_claim(counter);
+    s.end = s.first + PL_MAX(1, s.own);
+    return s;
+}
+
+static void next_share(share *s, atomic_int *counter, const pl_member *member) {
+    s->first = s->keeps_heads ? s->first + member->count : s->own * member->count + pl_claim(counter);
+    s->end = s->first + 1;
 }
 
 bool pl_attention_keeps_heads(const pl_attention_args *a, int32_t n_threads) {
@@ -272,14 +314,13 @@ void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int coun
     const workspace w = workspace_at((float *)scratch + l.part_floats + member->index * l.member_floats, &l);
     int64_t used = 0; /* floats of the parts of the sequences before: [head][chunk] */
 
-    const bool keeps_heads = pl_attention_keeps_heads(a, member->count);
-    int32_t wanted = keeps_heads ? member->index : pl_claim(&counters[0]), item = 0;
+    share wanted = first_share(a, l.part_floats, &counters[0], member);
+    int32_t item = 0;
     for (int32_t i = 0; i < a->n_sequences; i++) {
         const cut c = cut_sequence(a, &a->sequences[i], member->count, l.part_floats - used);
         const int32_t items = (c.split ? c.chunks.last - c.chunks.first : c.n_tiles) * kv->n_head_kv;
-        for (; wanted < item + items; wanted = keeps_heads ? wanted + member->count : pl_claim(&counters[0])) {
-            const int32_t head = (wanted - item) % kv->n_head_kv, which = (wanted - item) / kv->n_head_kv;
-            run_item(a, &a->sequences[i], &c, head, which, (float *)scratch + used + head * (c.part_floats / kv->n_head_kv), &w);
+        for (; wanted.first < item + items; next_share(&wanted, &counters[0], member)) {
+            run_items(a, &a->sequences[i], &c, wanted.first - item, wanted.end - item, (float *)scratch + used, &w);
         }
         item += items;
         used += c.part_floats;
@@ -288,14 +329,13 @@ void pl_attention_run(const pl_attention_args *a, void *scratch, atomic_int coun
         return;
     }
     pl_barrier(member);
-    int32_t turn = 0;
     used = 0;
     for (int32_t i = 0; i < a->n_sequences; i++) {
         const pl_sequence *s = &a->sequences[i];
         const cut c = cut_sequence(a, s, member->count, l.part_floats - used);
         for (int32_t head = 0; c.split && head < kv->n_head_kv; head++) {
             const tile t = {s, head, 0, s->n_tokens, c.chunks};
-            join_parts(a, &t, (float *)scratch + used + head * (c.part_floats / kv->n_head_kv), &turn, member);
+            join_parts(a, &t, (float *)scratch + used + head * (c.part_floats / kv->n_head_kv), member);
         }
         used += c.part_floats;
     }
