@@ -154,7 +154,14 @@ def test_table_of_a_comparison():
 @pytest.mark.parametrize("content", [None, b"no model at all"], ids=["no file", "no model"])
 @pytest.mark.parametrize(
     ("script", "status"),
-    [("bench -m", 1), ("compare -m", 2), ("contention -m", 2), ("server_load --no-engine -m", 1), ("text", 2)],
+    [
+        ("bench -m", 1),
+        ("compare -m", 2),
+        ("contention -m", 2),
+        ("server_load --no-engine -m", 1),
+        ("speculation -m", 2),
+        ("text", 2),
+    ],
 )
 def test_a_model_that_cannot_be_used(tmp_path, script, status, content):
     """One line says so."""
@@ -166,6 +173,17 @@ def test_a_model_that_cannot_be_used(tmp_path, script, status, content):
     assert (done.returncode, done.stdout) == (status, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and str(path) in line
+
+
+def test_speculation(llama):
+    """The same texts with lookup and with the model as its own draft, which is right."""
+    options = f"-m {llama} -md {llama} -t 2 -n 24 --draft 3 --turns 1".split()
+    command = [sys.executable, COMPARE.with_name("speculation.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 5
+    assert all(int(row[-3]) > 0.5 * int(row[-1]) > 0 for row in rows if "greedy" in row)
 
 
 def test_contention(llama):
