@@ -32,7 +32,7 @@ __all__ = ["Done", "Engine", "EngineClosed", "Request", "Stream", "Timings", "To
 _log = logging.getLogger(__name__)
 _MOST_UNREAD = 50_000  # events; a stream that nobody reads ends then
 _LEAST_CONTEXT = 8
-_SHORT_BURST = 4  # steps, where something may be lost by more: those behind a stop string, or what could be guessed meanwhile
+_SHORT_BURST = 4  # steps
 _TOGETHER_SECONDS = 0.001  # how much later than another a request may come to begin with it, where nothing runs
 _SCORED_AT_ONCE = 32  # tokens whose logits are in memory, which are many where the vocabulary is large
 
@@ -255,6 +255,11 @@ class _Job:
         self.draft_pace: Pace | None = None
         self.guess_pace: Pace | None = None  # of whoever made the last guess
         self.started = self.first_token = 0.0
+
+    @property
+    def has_haste(self) -> bool:
+        """After a few steps already something may be lost by more: behind a stop string, or by what could be guessed."""
+        return bool(self.request.stop) or (self.lookup is not None and not self.lookup.is_idle)
 
 
 class Engine:
@@ -561,7 +566,7 @@ class Engine:
         """How many steps the core may make on its own."""
         if self.draft or not chunks or any(chunk.guess for chunk in chunks):
             return 1
-        most = _SHORT_BURST if self.n_lookup or any(c.sequence.owner.request.stop for c in chunks) else self.model.n_ctx
+        most = _SHORT_BURST if any(chunk.sequence.owner.has_haste for chunk in chunks) else self.model.n_ctx
         for chunk in chunks:
             sequence = chunk.sequence
             job: _Job = sequence.owner

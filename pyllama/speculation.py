@@ -13,6 +13,7 @@ __all__ = ["LookupSpeculation", "Pace"]
 _LONGEST, _SHORTEST = 4, 3
 _LEAST_PAUSE = 4
 _MOST_PAUSE = 64
+_MANY_MISSES = 8
 
 
 class Pace:
@@ -62,6 +63,13 @@ class LookupSpeculation:
         """For each length of runs of tokens, where a run ended last."""
         self._n_known = 0
         """Tokens before which all runs are known."""
+        self._n_missed = 0
+        """Times in a row that there was nothing to guess."""
+
+    @property
+    def is_idle(self) -> bool:
+        """For some time there has been nothing to guess, so that there is hardly any haste to look again."""
+        return self._n_missed >= _MANY_MISSES
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to ``most`` tokens that may follow; none where that is as good a guess.
@@ -76,11 +84,13 @@ class LookupSpeculation:
         for size in range(_LONGEST, _SHORTEST - 1, -1):
             end = self._ends[size - _SHORTEST].get(tuple(tokens[-size:]))
             if end is not None:
+                self._n_missed = 0
                 # Where that leads to the end of the text, the guess is that it repeats itself.
                 guess = list(tokens[end : end + n])
                 while len(guess) < n:
                     guess.append(guess[end + len(guess) - len(tokens)])
                 return guess
+        self._n_missed += 1
         return []
 
     def forget(self) -> None:

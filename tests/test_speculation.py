@@ -157,6 +157,17 @@ def test_what_followed_the_longest_run_is_guessed() -> None:
     assert speculation.guess([5, 6, 7], 0) == []
 
 
+def test_where_nothing_comes_again_there_is_no_haste() -> None:
+    speculation, tokens, idle = LookupSpeculation(8), [1, 2, 3], []
+    for token in range(100, 120):
+        assert speculation.guess(tokens, 8) == []
+        idle.append(speculation.is_idle)
+        tokens.append(token)
+    assert idle == [False] * 7 + [True] * 13
+    assert speculation.guess([*tokens, 1, 2, 3], 8) == [100, 101]
+    assert not speculation.is_idle
+
+
 def test_wrong_guesses_are_made_ever_more_seldom() -> None:
     speculation, tokens = LookupSpeculation(8), [1, 2, 3] * 4
     n_guesses = n_tokens = 0
