@@ -110,8 +110,8 @@ def read_mapping(path: Path) -> None:
 
 
 def take_memory(n_bytes: int) -> None:
-    """Has the system find memory, which it then has at hand."""
-    with mmap.mmap(-1, n_bytes) as memory:
+    """Has the system find memory of the kind that weights get, which it then has at hand."""
+    with mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         for at in range(0, n_bytes, mmap.PAGESIZE):
@@ -240,8 +240,10 @@ def masking(tokenizer: Tokenizer) -> Rows:
 def report(path: Path, args: argparse.Namespace) -> None:
     with GGUFFile.open(path) as gguf:
         tokenizer = from_gguf(gguf)
-    rows = tokenizing(tokenizer, args.repetitions) + masking(tokenizer)
-    rows += loading(path, args.repetitions) + stepping(path, args.tokens, args.repetitions)
+    rows = loading(path, args.repetitions)
+    if not args.loading:
+        rows = tokenizing(tokenizer, args.repetitions) + masking(tokenizer) + rows
+        rows += stepping(path, args.tokens, args.repetitions)
     print(f"\n{path.name}: {tokenizer.n_vocab} tokens; kernels: {cpu_name()}\n\n| | |\n| --- | --- |")
     for name, value in rows:
         print(f"| {name} | {value} |", flush=True)
@@ -252,6 +254,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, nargs="+")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("-n", "--tokens", type=int, default=128, help="tokens to generate where steps are measured")
+    parser.add_argument("--loading", action="store_true", help="measure nothing but loading")
     parser.add_argument("--child", choices=("load", "token"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
