@@ -1,9 +1,10 @@
 /*
  * kv.h - the pool of key/value blocks.
  *
- * K of a layer is [kv head][block], so that blocks which follow each other are read as one stream, each a matrix of head_dim x
- * 32 tokens that is kept transposed, so that the scores of a block's 32 tokens fill a register or two without sums across
- * lanes; V is [kv head][block], each 32 tokens x head_dim. K and V may be of different types:
+ * K of a layer is [run of 64 blocks][kv head][block of the run], so that blocks which follow each other are read as a stream,
+ * and blocks that are not used yet lie in pages of their own. A block's K is a matrix of head_dim x 32 tokens that is kept
+ * transposed, so that the scores of its tokens fill a register or two without sums across lanes; V is the same with 32 tokens x
+ * head_dim. K and V may be of different types:
  *
  * type        K of one block and head                             V of one block and head
  * f32, f16    [head_dim][32]                                      [32][width], width being head_dim rounded up to 16
@@ -22,6 +23,7 @@
 
 enum {
     PL_KV_GROUP = 32,             /* elements that share a scale */
+    PL_KV_RUN = 64,               /* blocks of a head that follow each other in memory */
     PL_KV_MOST_HEAD_DIM = 1 << 13
 };
 
@@ -37,12 +39,18 @@ struct pl_kv {
 /* Columns of a row of V: head_dim, rounded up so that rows are whole registers. */
 static inline int64_t pl_kv_width(int32_t head_dim) { return pl_round_up(head_dim, 16); }
 
+/* How many blocks and heads are before one; the last run may be short. */
+static inline int64_t pl_kv_place(const pl_kv *kv, int32_t layer, int32_t block, int32_t head) {
+    const int32_t in_run = block % PL_KV_RUN, first = block - in_run, n = PL_MIN(PL_KV_RUN, kv->n_blocks - first);
+    return ((int64_t)layer * kv->n_blocks + first) * kv->n_head_kv + (int64_t)head * n + in_run;
+}
+
 static inline uint8_t *pl_kv_keys(const pl_kv *kv, int32_t layer, int32_t block, int32_t head) {
-    return kv->keys + (((int64_t)layer * kv->n_head_kv + head) * kv->n_blocks + block) * kv->key_bytes;
+    return kv->keys + pl_kv_place(kv, layer, block, head) * kv->key_bytes;
 }
 
 static inline uint8_t *pl_kv_values(const pl_kv *kv, int32_t layer, int32_t block, int32_t head) {
-    return kv->values + (((int64_t)layer * kv->n_head_kv + head) * kv->n_blocks + block) * kv->value_bytes;
+    return kv->values + pl_kv_place(kv, layer, block, head) * kv->value_bytes;
 }
 
 /* Where the scales of a quantized block and head begin. */
