@@ -1,14 +1,16 @@
-# make setup       .venv, the core library, the default model
-# make serve       the same, then the server        (ARGS="-c 4096 -np 4" …)
-# make test        the same, then the tests         (ARGS="-k tokenizer" …)
-# make lint        ruff
-# make sanitize    the tests that reach the core, under AddressSanitizer and UBSan
-# make fuzz        10,000 damaged model files, under both sanitizers
-# make clean       removes .venv and the builds; fetched models stay in the user's cache
+# make setup         .venv, the core library, the default model
+# make serve         the same, then the server        (ARGS="-c 4096 -np 4" …)
+# make test          the same, then the tests         (ARGS="-k tokenizer" …)
+# make lint          ruff
+# make sanitize      the tests that reach the core, under AddressSanitizer and UBSan
+# make sanitize-arm  the kernels for Arm, likewise, in an emulator (needs aarch64-linux-gnu-gcc and qemu-aarch64)
+# make fuzz          10,000 damaged model files, under both sanitizers
+# make clean         removes .venv and the builds; fetched models stay in the user's cache
 
 PYTHON ?= python3
 ARGS ?=
 SANITIZE_CC ?= gcc
+ARM_CC ?= aarch64-linux-gnu-gcc
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SOURCES := CMakeLists.txt $(wildcard c_core/include/*.h c_core/src/*.[ch] c_core/src/cpu/*.[ch])
 
-.PHONY: setup serve test lint sanitize fuzz clean
+.PHONY: setup serve test lint sanitize sanitize-arm fuzz clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed build/.built
@@ -43,6 +45,10 @@ $(VENV)/.installed: pyproject.toml
 	    --config-settings=editable.mode=inplace --editable ".[test]"
 	@touch $@
 
+# `call` would take a plain comma for the end of an argument.
+COMMA := ,
+SANITIZERS := address$(COMMA)undefined
+
 # A build folder that somebody configured otherwise is taken as it is; one that could not be configured is not kept.
 CONFIGURE = @$(WITH_TOOLS) CMAKE_GENERATOR=Ninja $(BIN)/cmake -S . -B $(1) $(2) >/dev/null || \
     { rm -rf $(1)/CMakeCache.txt $(1)/CMakeFiles; exit 1; }
@@ -54,7 +60,7 @@ build/.built: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 build-asan/.built: $(VENV)/.installed $(SOURCES)
-	$(call CONFIGURE,build-asan,-DCMAKE_C_COMPILER=$(SANITIZE_CC) -DCMAKE_BUILD_TYPE=Debug -DPYLLAMA_SANITIZE=address,undefined)
+	$(call CONFIGURE,build-asan,-DCMAKE_C_COMPILER=$(SANITIZE_CC) -DCMAKE_BUILD_TYPE=Debug -DPYLLAMA_SANITIZE=$(SANITIZERS))
 	$(BIN)/cmake --build build-asan --parallel
 	@touch $@
 
@@ -67,9 +73,17 @@ sanitize: setup build-asan/.built
 	$(BIN)/cmake --build build-asan --target compare_kernels && build-asan/compare_kernels
 	$(WITH_TOOLS) $(UNDER_SANITIZERS) $(BIN)/python -m pytest -p no:cacheprovider $(CORE_TESTS) $(ARGS)
 
+# The compiler's own folder of libraries, as the emulated program's root.
+sanitize-arm: $(VENV)/.installed
+	$(call CONFIGURE,build-asan-arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=$(ARM_CC) \
+	    -DCMAKE_BUILD_TYPE=Debug -DPYLLAMA_SANITIZE=$(SANITIZERS))
+	$(BIN)/cmake --build build-asan-arm --target compare_kernels --parallel
+	UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 \
+	    -L $$(dirname $$(dirname $$($(ARM_CC) -print-file-name=libc.so.6))) build-asan-arm/compare_kernels
+
 fuzz: setup build-asan/.built
 	$(UNDER_SANITIZERS) $(BIN)/python -m tests.fuzz_gguf --cases 10000 --processes 2 $(ARGS)
 
 clean:
-	rm -rf $(VENV) build build-asan dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build build-asan build-asan-arm dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
