@@ -564,7 +564,7 @@ class Engine:
 
     def _burst(self, chunks: list[Chunk]) -> int:
         """How many steps the core may make on its own."""
-        if self.draft or not chunks or any(chunk.guess for chunk in chunks):
+        if not chunks or any(chunk.guess for chunk in chunks):
             return 1
         most = _SHORT_BURST if any(chunk.sequence.owner.has_haste for chunk in chunks) else self.model.n_ctx
         for chunk in chunks:
@@ -574,6 +574,8 @@ class Engine:
                 return 1
             if job.request.n_predict > 0:
                 most = min(most, job.request.n_predict - job.n_predicted)
+            if job.draft_pace is not None:
+                most = min(most, 1 + job.draft_pace.pause)
         return self._scheduler.burst(chunks, most)
 
     def _generate(self, chunks: list[Chunk], n_steps: int) -> None:
@@ -594,6 +596,8 @@ class Engine:
         self._scheduler.advance(chunks, (time.perf_counter() - before) / n_made, n_made)
         for i, sequence in enumerate(sequences):
             samplers[i].put_back(randoms[i][n_made:])
+            if sequence.owner.draft_pace is not None:
+                sequence.owner.draft_pace.skip(n_made - 1)
             self._take_burst(sequence, tokens[i :: len(chunks)])
 
     def _take_burst(self, sequence: Sequence, tokens: list[int]) -> None:

@@ -37,6 +37,15 @@ class Pace:
             return 0
         return self._length
 
+    @property
+    def pause(self) -> int:
+        """Steps to come in which nothing is guessed."""
+        return self._pause
+
+    def skip(self, n_steps: int) -> None:
+        """Lets some of these steps pass."""
+        self._pause -= n_steps
+
     def judge(self, n_guessed: int, n_right: int) -> None:
         """Hears how many tokens of the last guess, which had at least one, were right."""
         if n_right == n_guessed:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllama import models
+from pyllama import models, scheduler
 from pyllama.core import BLOCK_TOKENS
 from pyllama.draft import Ask, DraftModel
 from pyllama.engine import Done, Engine, Request
@@ -158,6 +158,26 @@ def test_long_guesses_far_into_a_context(folder, kv_type, longest) -> None:
         found.append((text, samples, done.reason))
     assert found[0] == found[1]
     assert max(steps[-10:]) == longest
+
+
+def test_while_a_wrong_draft_pauses_the_core_makes_several_steps(folder, monkeypatch) -> None:
+    """Of the same answers, and with as long a pause as if it made them one by one."""
+    requests, found, bursts = random_requests(3, n_predict=100), [], []
+    generate = models.Model.generate
+
+    def counted(model: models.Model, inputs: list[SequenceInput], *more: object) -> list[int]:
+        tokens = generate(model, inputs, *more)
+        bursts.append(len(tokens))
+        return tokens
+
+    monkeypatch.setattr(models.Model, "generate", counted)
+    for longest in (scheduler._LONGEST_BURST, 1):
+        monkeypatch.setattr(scheduler, "_LONGEST_BURST", longest)
+        monkeypatch.setattr(scheduler, "BURST_SECONDS", 1000.0)
+        got, ends = answers(folder, requests, "random.gguf")
+        found.append((got, total(ends)))
+    assert found[0] == found[1]
+    assert sum(bursts) > 100 and max(bursts) > 3
 
 
 @pytest.mark.parametrize("name", ["gemma.gguf", "other.gguf"])
