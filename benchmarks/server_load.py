@@ -3,12 +3,14 @@
 Every client sends a prompt of its own and reads its stream to the end. The server is a process of its own, started with the
 flags after ``--``, or one that runs already (``--url``). In turns with it the same prompts go to an engine in this process,
 with the same settings: the ratio of both throughputs is what HTTP costs. The clients of the server are one thread that reads
-whatever socket has something, since what they cost is the server's loss where both share the processor.
+whatever socket has something, since what they cost is the server's loss where both share the processor: the report says how much
+that is.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import re
@@ -67,6 +69,8 @@ class Round:
 
     answers: list[Answer]
     seconds: float
+    client_seconds: float = 0.0
+    """Of a processor, taken by the clients while the clock ran."""
 
     @property
     def rate(self) -> float:
@@ -123,7 +127,7 @@ def over_http(address: tuple[str, int], texts: Sequence[str], options: dict[str,
     for client in clients:
         poll.register(client.socket, select.POLLIN)
         reading[client.socket.fileno()] = client.socket.recv, client.received
-    begin = time.perf_counter()
+    begin, client_begin = time.perf_counter(), time.thread_time()
     for client in clients:
         client.sent = time.perf_counter()
         client.socket.sendall(client.request)
@@ -138,9 +142,11 @@ def over_http(address: tuple[str, int], texts: Sequence[str], options: dict[str,
             else:
                 poll.unregister(number)
                 del reading[number]
+    client_seconds = time.thread_time() - client_begin
     for client in clients:
         client.socket.close()
-    return Round([client.answer() for client in clients], max(client.received[-1][0] for client in clients) - begin)
+    seconds = max(client.received[-1][0] for client in clients) - begin
+    return Round([client.answer() for client in clients], seconds, client_seconds)
 
 
 @contextmanager
@@ -182,6 +188,8 @@ class Direct:
             n_batch=s.batch_size, max_sequences=s.parallel, kv_type=s.kv_type,
         )  # fmt: skip
         self.engine = Engine(self.model, s.parallel, continuous=s.cont_batching)
+        gc.collect()
+        gc.freeze()  # as the server
 
     def run(self, texts: Sequence[str], options: dict[str, Any]) -> Round:
         """The same as :func:`over_http`."""
@@ -245,23 +253,31 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['first_token_p50_ms']:14,.0f} ms{row['first_token_p95_ms']:8,.0f}"
                 f"{row['each_token_p50_ms']:11,.1f} ms{row['pause_p50_ms']:10,.1f} ms{row['pause_p95_ms']:8,.1f}"
             )
-    if "ratio" in report:
-        lines.append(f"HTTP reaches {100 * report['ratio']:.1f} % of the engine (median of the turns)")
+    if "ratio_quartiles" in report:
+        low, ratio, high = (100 * share for share in report["ratio_quartiles"])
+        lines.append(f"HTTP reaches {ratio:.1f} % of the engine (median of the turns; half of them: {low:.0f} to {high:.0f} %)")
+    busy = report["client_share"]
+    lines.append(f"the clients took {100 * busy:.1f} % of the time of one processor")
     return "\n".join(lines)
 
 
 def measure(args: argparse.Namespace, address: tuple[str, int], direct: Direct | None) -> dict[str, Any]:
     options = {"n_predict": args.n_predict, "ignore_eos": True, "seed": 1, "cache_prompt": args.shared > 0}
-    http, engine = [], []
+    goes = {"http": lambda texts: over_http(address, texts, options)}
+    if direct is not None:
+        goes["engine"] = lambda texts: direct.run(texts, options)
+    rounds: dict[str, list[Round]] = {name: [] for name in goes}
     for i in range(args.rounds + 1):
         texts = prompts(args.streams, args.words, args.shared, seed=i)
-        http.append(over_http(address, texts, options))
-        if direct is not None:
-            engine.append(direct.run(texts, options))
-    report: dict[str, Any] = {"streams": args.streams, "n_predict": args.n_predict, "http": summary(http[1:])}
-    if engine:  # the first round of each warms up
-        report["engine"] = summary(engine[1:])
-        report["ratio"] = median(a.rate / b.rate for a, b in zip(http[1:], engine[1:]))
+        for name in sorted(goes, reverse=i % 2 == 0):
+            rounds[name].append(goes[name](texts))
+    http, engine = rounds["http"][1:], rounds.get("engine", [])[1:]  # the first of each warms up
+    report: dict[str, Any] = {"streams": args.streams, "n_predict": args.n_predict, "http": summary(http)}
+    report["client_share"] = median(r.client_seconds / r.seconds for r in http)
+    if engine:
+        report["engine"] = summary(engine)
+        ratios = [a.rate / b.rate for a, b in zip(http, engine)]
+        report["ratio_quartiles"] = [percentile(ratios, 25), median(ratios), percentile(ratios, 75)]
     return report
 
 
@@ -276,7 +292,7 @@ def main() -> int:
     parser.add_argument(
         "--shared", type=int, default=0, metavar="N", help="of them the same in all prompts (%(default)s)"
     )
-    parser.add_argument("-r", "--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
+    parser.add_argument("-r", "--rounds", type=int, default=25, metavar="N", help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("flags", nargs="*", help=f"of the server, after -- ({' '.join(FLAGS)})")
     args = parser.parse_args()
