@@ -7,6 +7,9 @@
  * from first to last. A team that has few rows to share shares a row's chunks. So what a row gets depends on its position
  * alone: neither on the rows beside it nor on the number of threads, to the last bit. (The exception is quantized V past the
  * first chunk: where the processor has bfloat16 products, long pieces of prompts use them.)
+ *
+ * Rows that are taken together are multiplied with all tokens that one of them sees, those that another does not see with a
+ * weight of 0. So a V that is not finite makes what comes before it in the same piece NaN, as it does with all that comes after.
  */
 #ifndef PL_ATTENTION_H
 #define PL_ATTENTION_H
