@@ -611,6 +611,57 @@ def test_masks_of_random_grammars(rules, text, cut):
     assert allowed_by_mask(matcher) == allowed_one_by_one(matcher)
 
 
+def random_tokens(pieces, n, longest, seed):
+    rng = random.Random(seed)
+    return sorted({"".join(rng.choices(pieces, k=rng.randint(1, longest))).encode() for _ in range(n)})
+
+
+def test_masks_deep_in_brackets():
+    """One mask serves many depths; tokens that close more brackets than it knows of are tried each time."""
+    tokens = random_tokens(['"', "a", "1", ",", ":", " ", "[", "{", *"]]]}}}", '"a":', '":[', '"}'], 2500, 9, 1)
+    trie = TokenTrie(*Vocabulary(tokens).token_table())
+    text = '{"a":[[{"a":{"a":[1,{"a":[["1",[{"a":1}]]]}]}}]],"a":{"a":{}}}'
+    for grammar in (JSON, JSON + 'more ::= "x" value | value "y"'):
+        matcher = Grammar(grammar).matcher()
+        for byte in text.encode():
+            assert allowed_by_mask(matcher, trie) == allowed_one_by_one(matcher, tokens)
+            assert matcher.accept(bytes([byte]))
+        assert matcher.can_end
+
+
+def test_masks_where_many_rules_call_one():
+    """More callers than an outline keeps, and ways that differ below them."""
+    rules = [f'r{i} ::= "(" leaf "{chr(97 + i)}" | "(" r{(i + 1) % 12} "{chr(97 + i)}"' for i in range(12)]
+    grammar = "\n".join(['root ::= "<" (' + " | ".join(f"r{i}" for i in range(12)) + ') ">"', 'leaf ::= "x"{1,3} ","?', *rules])
+    tokens = random_tokens(["(", "x", ",", ">", *"abcdefghijkl", "abcd", "lkji", "dcba"], 2500, 7, 2)
+    trie = TokenTrie(*Vocabulary(tokens).token_table())
+    matcher = Grammar(grammar).matcher()
+    for byte in b"<(((((((((((((xx,":
+        assert matcher.accept(bytes([byte]))
+        assert allowed_by_mask(matcher, trie) == allowed_one_by_one(matcher, tokens)
+    for _ in range(13):
+        byte = next(bytes([c]) for c in b"lkjihgfedcba" if matcher.allows(bytes([c])))
+        assert matcher.accept(byte)
+        assert allowed_by_mask(matcher, trie) == allowed_one_by_one(matcher, tokens)
+
+
+@pytest.mark.parametrize("bounds", ["{1,3}", "{2,12}", "{,33}", "{30,40}", "{1,270}", "{253,256}", "+"])
+def test_masks_where_characters_are_counted(bounds):
+    tokens = [("aé…😀b"[i % 5] * n).encode() for n in range(1, 70) for i in range(5)]
+    tokens += [b"a" * n for n in (252, 253, 254, 255, 256, 257, 269, 270, 271, 300)]
+    tokens += random_tokens([*"aé…😀b ", '"', "x"], 2000, 14, 3)
+    tokens += [token + b"\xc3" for token in tokens[::7]] + [b"\xa9" + token for token in tokens[::9]]
+    trie = TokenTrie(*Vocabulary(tokens).token_table())
+    for body in ('[^x"]', '("\\"" | [^x"])'):
+        matcher = Grammar(f'root ::= "<" {body}{bounds} ">"').matcher()
+        for piece in ["<", "a", "\u2026", "é" * 9, "ab" * 9, "a" * 12, *"ab", "b" * 220, *"abcd", "a" * 13, *"abcd"]:
+            if not matcher.allows(piece.encode()):
+                break
+            for part in (piece.encode()[:-1], piece.encode()[-1:]):
+                assert matcher.accept(part)
+                assert allowed_by_mask(matcher, trie) == allowed_one_by_one(matcher, tokens)
+
+
 def test_many_masks_are_remembered_and_forgotten():
     matcher = Grammar('root ::= "("{,200} [a-c]* ")"*').matcher()
     tokens = [b"a", b"(", b"x", b"((", b"c)"]

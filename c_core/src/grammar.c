@@ -106,8 +106,9 @@ static int32_t make_classes(pl_grammar *g, const int32_t *ranges, const int32_t 
     const int32_t n_ranges = ends[n_sets];
     g->set_ends = pl_alloc(((size_t)n_sets + 1) * sizeof *g->set_ends, err);
     g->set_ranges = pl_alloc(2 * (size_t)n_ranges * sizeof *g->set_ranges, err);
+    g->set_ascii = pl_alloc((size_t)n_sets * sizeof *g->set_ascii, err);
     g->bounds = pl_alloc((2 * (size_t)n_ranges + 5) * sizeof *g->bounds, err);
-    if (!g->set_ends || !g->set_ranges || !g->bounds) {
+    if (!g->set_ends || !g->set_ranges || !g->set_ascii || !g->bounds) {
         return -1;
     }
     int32_t n = 0;
@@ -135,6 +136,13 @@ static int32_t make_classes(pl_grammar *g, const int32_t *ranges, const int32_t 
     memcpy(g->set_ends, ends, ((size_t)n_sets + 1) * sizeof *ends);
     for (int32_t i = 0; i < 2 * n_ranges; i++) {
         g->set_ranges[i] = pl_grammar_class(g, ranges[i]);
+    }
+    for (int32_t set = 0; set < n_sets; set++) {
+        for (int32_t i = ends[set]; i < ends[set + 1]; i++) {
+            for (int32_t c = ranges[2 * i]; c <= PL_MIN(ranges[2 * i + 1], 127); c++) {
+                g->set_ascii[set].bits[c / 64] |= (uint64_t)1 << c % 64;
+            }
+        }
     }
     return 0;
 }
@@ -351,6 +359,7 @@ PL_API void pl_grammar_free(pl_grammar *g) {
         pl_free(g->bounds);
         pl_free(g->set_ranges);
         pl_free(g->set_ends);
+        pl_free(g->set_ascii);
         pl_free(g);
     }
 }

@@ -77,25 +77,51 @@ static int32_t shared_bytes(const pl_trie *trie, const texts *t, int32_t i) {
     return shared;
 }
 
-/* Adds the nodes in preorder. `open[d]` is the node at depth d that the last token went through. */
-static void add_nodes(pl_trie *trie, const texts *t, int32_t *open) {
-    int32_t n = 1, depth = 0; /* node 0 is the root */
-    open[0] = 0;
+/* A node on the way to a token. */
+typedef struct step {
+    int32_t node;
+    pl_partial partial;
+    bool broken;
+    uint8_t chars;
+} step;
+
+static inline bool begins_character(uint8_t byte) { return (byte & 0xC0) != 0x80; }
+
+/* Adds the nodes. `free_node[d]` is the next free one at depth d; way[d] is the one that the last token went through. */
+static void add_nodes(pl_trie *trie, const texts *t, int32_t *free_node, step *way) {
+    way[0] = (step){0};
     for (int32_t i = 0; i < trie->n_tokens; i++) {
         const int32_t token = trie->order[i];
-        for (const int32_t shared = shared_bytes(trie, t, i); depth > shared; depth--) {
-            trie->nodes[open[depth]].end = n;
+        for (int32_t depth = shared_bytes(trie, t, i) + 1; depth <= size_of(t, token); depth++) {
+            const uint8_t byte = text_of(t, token)[depth - 1];
+            step *s = &way[depth];
+            *s = way[depth - 1];
+            s->broken = s->broken || !pl_partial_push(&s->partial, byte);
+            s->chars += begins_character(byte) && s->chars < PL_MANY_CHARS;
+            s->node = free_node[depth]++;
+            trie->nodes[s->node] = (pl_trie_node){
+                .groups = byte < 0x80 ? (uint64_t)1 << pl_trie_group(byte) : PL_GROUP_OTHERS,
+                .parent = way[depth - 1].node,
+                .children = free_node[depth + 1],
+                .first = i,
+                .byte = byte,
+            };
+            trie->nodes[s->node].groups |= s->broken ? PL_GROUP_BROKEN : 0;
         }
-        while (depth < size_of(t, token)) {
-            const uint8_t byte = text_of(t, token)[depth++];
-            trie->nodes[n] = (pl_trie_node){.first = i, .depth = depth, .byte = byte};
-            open[depth] = n++;
-        }
+        trie->chars[token] = trie->order_chars[i] = PL_MAX(way[size_of(t, token)].chars, 1);
     }
-    for (; depth >= 0; depth--) {
-        trie->nodes[open[depth]].end = n;
+    trie->nodes[0].children = 1;
+    trie->nodes[trie->n_nodes] = (pl_trie_node){.children = trie->n_nodes, .first = trie->n_tokens};
+}
+
+/* Tells every node what is in its subtree. */
+static void look_below(pl_trie *trie) {
+    for (int32_t i = trie->n_nodes - 1; i > 0; i--) { /* children come before their parents */
+        pl_trie_node *node = &trie->nodes[i], *parent = &trie->nodes[node->parent];
+        node->height += begins_character(node->byte) && node->height < PL_MANY_CHARS;
+        parent->groups |= node->groups;
+        parent->height = PL_MAX(parent->height, node->height);
     }
-    trie->nodes[n] = (pl_trie_node){.end = n + 1, .first = trie->n_tokens};
 }
 
 int pl_trie_group(uint8_t c) {
@@ -128,67 +154,50 @@ int pl_trie_group(uint8_t c) {
     return PUNCTUATION + rank; /* a group for each of the 32 */
 }
 
-/* What was found of the nodes below one. */
-typedef struct subtree {
-    uint64_t groups;
-    int32_t height;
-} subtree;
-
-/* Finds out what characters lead into each subtree, and how deep it is. The arrays have an element for every depth and
- * one more; those of `below` are zero. */
-static void look_below(pl_trie *trie, pl_partial *partial, bool *broken, subtree *below) {
-    partial[0] = (pl_partial){0};
-    broken[0] = false;
-    for (int32_t i = 1; i < trie->n_nodes; i++) {
-        pl_trie_node *node = &trie->nodes[i];
-        const int32_t d = node->depth;
-        partial[d] = partial[d - 1];
-        broken[d] = broken[d - 1] || !pl_partial_push(&partial[d], node->byte);
-        node->groups = node->byte < 0x80 ? (uint64_t)1 << pl_trie_group(node->byte) : PL_GROUP_OTHERS;
-        node->groups |= broken[d] ? PL_GROUP_BROKEN : 0;
+/* Finds where the nodes of each depth begin. */
+static int32_t place_levels(pl_trie *trie, const texts *t, int32_t *begins, pl_error *err) {
+    for (int32_t i = 0; i < trie->n_tokens; i++) {
+        for (int32_t depth = shared_bytes(trie, t, i) + 1; depth <= size_of(t, trie->order[i]); depth++) {
+            begins[depth + 1]++;
+        }
     }
-    for (int32_t i = trie->n_nodes - 1; i > 0; i--) { /* children come before their parents */
-        pl_trie_node *node = &trie->nodes[i];
-        subtree *children = &below[node->depth + 1], *siblings = &below[node->depth];
-        node->groups |= children->groups;
-        node->height = children->height + 1;
-        *children = (subtree){0};
-        siblings->groups |= node->groups;
-        siblings->height = PL_MAX(siblings->height, node->height);
+    int64_t n_nodes = 1;
+    for (int32_t depth = 1; depth <= trie->depth + 1; depth++) {
+        n_nodes += begins[depth];
+        if (n_nodes >= INT32_MAX) {
+            return pl_fail(err, "the tokens are too long for a tree");
+        }
+        begins[depth] = (int32_t)n_nodes;
     }
+    trie->n_nodes = (int32_t)n_nodes;
+    return 0;
 }
 
 static int32_t build(pl_trie *trie, const texts *t, pl_error *err) {
     trie->order = pl_alloc((size_t)trie->n_tokens * sizeof *trie->order, err);
-    if (!trie->order || sort_tokens(trie, t, err) != 0) {
+    trie->chars = pl_alloc((size_t)trie->n_tokens, err);
+    trie->order_chars = pl_alloc((size_t)trie->n_tokens, err);
+    if (!trie->order || !trie->chars || !trie->order_chars || sort_tokens(trie, t, err) != 0) {
         return -1;
     }
-    int64_t n_nodes = 1;
-    for (int32_t i = 0; i < trie->n_tokens; i++) {
-        const int32_t size = size_of(t, trie->order[i]);
-        n_nodes += size - shared_bytes(trie, t, i);
-        trie->depth = PL_MAX(trie->depth, size);
+    for (int32_t token = 0; token < trie->n_tokens; token++) {
+        trie->depth = PL_MAX(trie->depth, size_of(t, token));
     }
-    if (n_nodes >= INT32_MAX) {
-        return pl_fail(err, "the tokens are too long for a tree");
-    }
-    trie->n_nodes = (int32_t)n_nodes;
     const size_t depths = (size_t)trie->depth + 2;
-    trie->nodes = pl_alloc(((size_t)n_nodes + 1) * sizeof *trie->nodes, err);
-    int32_t *open = pl_alloc(depths * sizeof *open, err);
-    pl_partial *partial = pl_alloc(depths * sizeof *partial, err);
-    bool *broken = pl_alloc(depths * sizeof *broken, err);
-    subtree *below = pl_alloc(depths * sizeof *below, err);
-    const bool enough = trie->nodes && open && partial && broken && below;
-    if (enough) {
-        add_nodes(trie, t, open);
-        look_below(trie, partial, broken, below);
+    int32_t *begins = pl_alloc(depths * sizeof *begins, err);
+    step *way = pl_alloc(depths * sizeof *way, err);
+    int32_t status = begins && way ? place_levels(trie, t, begins, err) : -1;
+    if (status == 0) {
+        trie->nodes = pl_alloc(((size_t)trie->n_nodes + 1) * sizeof *trie->nodes, err);
+        status = trie->nodes ? 0 : -1;
     }
-    pl_free(open);
-    pl_free(partial);
-    pl_free(broken);
-    pl_free(below);
-    return enough ? 0 : -1;
+    if (status == 0) {
+        add_nodes(trie, t, begins, way);
+        look_below(trie);
+    }
+    pl_free(begins);
+    pl_free(way);
+    return status;
 }
 
 PL_API pl_trie *pl_trie_new(const uint8_t *data, int64_t n_data, const int32_t *offsets, int32_t n_tokens, pl_error *err) {
@@ -219,6 +228,8 @@ PL_API void pl_trie_free(pl_trie *trie) {
     if (trie) {
         pl_free(trie->nodes);
         pl_free(trie->order);
+        pl_free(trie->chars);
+        pl_free(trie->order_chars);
         pl_free(trie);
     }
 }
