@@ -73,10 +73,10 @@ def test_the_number_of_tokens_changes_no_bit(kernels, name):
     """Nor does their place among the others."""
     n_rows, n_cols = 53, 3 * block_elements(name) if name in QUANTIZED else 67
     weight = new_weight(name, n_rows, n_cols, random_tensor(np.random.default_rng(8), name, n_rows, n_cols))
-    x = np.random.default_rng(9).standard_normal((40, n_cols)).astype(np.float32)
+    x = np.random.default_rng(9).standard_normal((52, n_cols)).astype(np.float32)
     alone = np.concatenate([product(weight, n_rows, row[None]) for row in x])
-    for n_tokens in [*range(2, 20), 40]:
-        for first in (0, 40 - n_tokens):
+    for n_tokens in [*range(2, 20), 52]:
+        for first in (0, 52 - n_tokens):
             together = product(weight, n_rows, x[first : first + n_tokens])
             np.testing.assert_array_equal(together, alone[first : first + n_tokens], err_msg=str(n_tokens))
 

@@ -108,12 +108,44 @@ static pl_next next_of(const pl_weight *w, int64_t panel, int64_t n, int32_t til
     return (pl_next){pl_weight_panel(w, panel + n) + first, PL_MAX(0, PL_MIN(share, bytes - first))};
 }
 
+/* Bytes that a matrix's units take unfolded; 0 if its products do without. */
+static int64_t unfolded_bytes(const pl_kernels *k, const pl_weight *w) {
+    const pl_unfolded_products *u = k->unfolded && !pl_format_is_float(w->format) ? k->unfolded(w->format) : NULL;
+    return u ? w->n_cols / PL_GROUP * u->group_bytes : 0;
+}
+
+int64_t pl_unfolded_bytes(const pl_kernels *k, const pl_weight *const *w, int32_t n) {
+    int64_t most = 0;
+    for (int32_t i = 0; i < n && w[i]; i++) {
+        most = PL_MAX(most, unfolded_bytes(k, w[i]));
+    }
+    return most;
+}
+
+/* A unit unfolded to `memory`, if it pays with so many tiles; otherwise NULL. */
+static const uint8_t *unfold(const pl_kernels *k, const pl_weight *w, int64_t unit, const operand *x, int32_t tiles,
+                             uint8_t *memory) {
+    enum { ENOUGH = 8 }; /* to unfold Q6_K takes as long as is won with six */
+    if (!memory || !x->quantized || x->lanes < PL_UNFOLDED_LANES || tiles < ENOUGH || !unfolded_bytes(k, w) ||
+        (unit + 1) * UNIT_PANELS > w->n_panels) {
+        return NULL;
+    }
+    k->unfolded(w->format)->unfold(w, pl_weight_panel(w, unit * UNIT_PANELS), memory);
+    return memory;
+}
+
 /* out[lane][32], rows `stride` floats apart: one unit of a matrix times one tile; [lane][16] where the last unit is one panel. */
-static void unit_times_tile(const pl_kernels *k, const pl_weight *w, int64_t unit, const operand *x, int32_t tile, float *out,
-                            int64_t stride) {
+static void unit_times_tile(const pl_kernels *k, const pl_weight *w, int64_t unit, const uint8_t *unfolded, const operand *x,
+                            int32_t tile, float *out, int64_t stride) {
     const int64_t first = unit * UNIT_PANELS, last = PL_MIN(first + UNIT_PANELS, w->n_panels);
     const int32_t row = tile * x->lanes;
     int32_t n;
+    if (unfolded) {
+        const pl_unfolded_product product = k->unfolded(w->format)->product[x->lanes - PL_UNFOLDED_LANES];
+        product(w, pl_weight_panel(w, first), unfolded, pl_q8_tile(&x->q8, tile), out, stride,
+                next_of(w, first, UNIT_PANELS, tile, x->n_tiles));
+        return;
+    }
     for (int64_t panel = first; panel < last; panel += n, out += PL_PANEL_ROWS) {
         const uint8_t *p = pl_weight_panel(w, panel);
         if (x->quantized) {
@@ -128,9 +160,10 @@ static void unit_times_tile(const pl_kernels *k, const pl_weight *w, int64_t uni
 }
 
 /*
- * A product's work: `n_units` units of rows times the tiles. Tiles are taken in chunks that stay in the
- * second-level cache while the units pass over them. With one chunk each member begins with a run of units of its own, so
- * that the weights stream past undisturbed, and claims the rest in small pieces, so that a member that was held up is helped.
+ * A product's work: `n_units` units of rows times the tiles. Tiles are taken in chunks that stay in the caches while the
+ * units pass over them; the longer a chunk, the less it takes to unfold the units. With one chunk each member begins with a
+ * run of units of its own, so that the weights stream past undisturbed, and claims the rest in small pieces, so that a member
+ * that was held up is helped.
  */
 typedef struct work {
     int64_t n_units, own_units, units_per_claim, claims_per_chunk;
@@ -139,7 +172,7 @@ typedef struct work {
 } work;
 
 static work divide(int64_t n_units, const operand *x, int32_t members) {
-    enum { CHUNK_BYTES = 512 << 10, MOST_UNITS = 8, CLAIMS_PER_MEMBER = 8 };
+    enum { CHUNK_BYTES = 1 << 20, MOST_UNITS = 8, CLAIMS_PER_MEMBER = 8 };
     work d = {.n_units = n_units, .n_tiles = x->n_tiles};
     d.tiles_per_chunk = (int32_t)PL_MAX(1, PL_MIN(CHUNK_BYTES / x->tile_bytes, x->n_tiles));
     d.own_units = d.tiles_per_chunk == d.n_tiles ? n_units * 3 / 4 / members : 0;
@@ -212,13 +245,14 @@ static float largest(const float *x, int32_t n) {
 }
 
 /* One unit times one tile, to where it belongs. */
-static void deliver_results(const pl_kernels *k, const destination *to, int64_t unit, const operand *x, int32_t tile) {
+static void deliver_results(const pl_kernels *k, const destination *to, int64_t unit, const uint8_t *unfolded,
+                            const operand *x, int32_t tile) {
     const int64_t column = unit * UNIT_ROWS;
     const int32_t n = (int32_t)PL_MIN(UNIT_ROWS, to->w->n_rows - column);
     const int32_t first = tile * x->lanes, rows = PL_MIN(x->lanes, x->n_rows - first);
     float *out = to->out + first * to->stride + column;
     if (n == UNIT_ROWS && rows == x->lanes && !to->residual && !to->bias) {
-        unit_times_tile(k, to->w, unit, x, tile, out, to->stride);
+        unit_times_tile(k, to->w, unit, unfolded, x, tile, out, to->stride);
         return;
     }
     _Alignas(64) float result[PL_MAX_LANES][UNIT_ROWS];
@@ -227,7 +261,7 @@ static void deliver_results(const pl_kernels *k, const destination *to, int64_t 
         __builtin_prefetch(residual + t * to->stride);
         __builtin_prefetch(residual + t * to->stride + UNIT_ROWS - 1);
     }
-    unit_times_tile(k, to->w, unit, x, tile, result[0], UNIT_ROWS);
+    unit_times_tile(k, to->w, unit, unfolded, x, tile, result[0], UNIT_ROWS);
     for (int32_t t = 0; t < rows; t++, out += to->stride) {
         for (int32_t i = 0; to->bias && i < n; i++) {
             result[t][i] += to->bias[column + i];
@@ -249,8 +283,9 @@ static void deliver_results(const pl_kernels *k, const destination *to, int64_t 
     }
 }
 
-static void deliver(const pl_kernels *k, const destination *to, int64_t unit, const operand *x, int32_t tile) {
-    deliver_results(k, to, unit, x, tile);
+static void deliver(const pl_kernels *k, const destination *to, int64_t unit, const uint8_t *unfolded, const operand *x,
+                    int32_t tile) {
+    deliver_results(k, to, unit, unfolded, x, tile);
     const int32_t first = tile * x->lanes, last = PL_MIN(first + x->lanes, x->n_rows);
     for (int32_t row = first; to->peaks && row < last; row++) {
         const int32_t n = (int32_t)PL_MIN(UNIT_ROWS, to->w->n_rows - unit * UNIT_ROWS);
@@ -258,8 +293,9 @@ static void deliver(const pl_kernels *k, const destination *to, int64_t unit, co
     }
 }
 
-static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, const operand *x, atomic_int *counter,
-                     const pl_member *member) {
+/* `memory` is the member's own, for an unfolded unit, or NULL. */
+static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, const operand *x, uint8_t *memory,
+                     atomic_int *counter, const pl_member *member) {
     int64_t units = 0;
     for (int32_t i = 0; i < n_to; i++) {
         units += units_of(to[i].w);
@@ -274,11 +310,18 @@ static void multiply(const pl_kernels *k, const destination *to, int32_t n_to, c
                 unit -= units_of(t->w);
                 t++;
             }
+            const uint8_t *unfolded = unfold(k, t->w, unit, x, c.last_tile - c.first_tile, memory);
             for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
-                deliver(k, t, unit, x, tile);
+                deliver(k, t, unit, unfolded, x, tile);
             }
         }
     }
+}
+
+/* A member's place for one of two unfolded units; NULL if the program's products do without. */
+static uint8_t *unfolding_memory(const pl_run_state *s, int32_t which, const pl_member *member) {
+    const pl_program *p = s->program;
+    return p->unfolding_memory ? p->unfolding_memory + (2 * member->index + which) * p->unfolding_bytes : NULL;
 }
 
 static void op_linear(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
@@ -289,7 +332,7 @@ static void op_linear(const pl_run_state *s, const pl_op *op, atomic_int *counte
                               op->w[n]->n_rows, NULL};
     }
     const operand x = operand_of(s, op->src[0]);
-    multiply(s->program->cpu->kernels, to, n, &x, &counters[0], member);
+    multiply(s->program->cpu->kernels, to, n, &x, unfolding_memory(s, 0, member), &counters[0], member);
 }
 
 static void op_logits(const pl_run_state *s, const pl_op *op, atomic_int *counters, const pl_member *member) {
@@ -302,7 +345,7 @@ static void op_logits(const pl_run_state *s, const pl_op *op, atomic_int *counte
     const destination to = {.w = op->w[0], .out = batch->logits, .stride = op->w[0]->n_rows,
                             .peaks = as_they_are ? batch->peaks : NULL};
     const operand x = operand_of(s, op->src[0]);
-    multiply(s->program->cpu->kernels, &to, 1, &x, &counters[0], member);
+    multiply(s->program->cpu->kernels, &to, 1, &x, unfolding_memory(s, 0, member), &counters[0], member);
     if (as_they_are) {
         return;
     }
@@ -340,9 +383,13 @@ static void op_glu(const pl_run_state *s, const pl_op *op, atomic_int *counters,
     while (next_claim(&d, &counters[0], member, &c)) {
         for (int64_t unit = c.first_unit; unit < c.last_unit; unit++) {
             const int32_t columns = (int32_t)PL_MIN(UNIT_ROWS, width - unit * UNIT_ROWS);
+            const uint8_t *unfolded[2];
+            for (int32_t i = 0; i < 2; i++) {
+                unfolded[i] = unfold(k, op->w[i], unit, &x, c.last_tile - c.first_tile, unfolding_memory(s, i, member));
+            }
             for (int32_t tile = c.first_tile; tile < c.last_tile; tile++) {
-                unit_times_tile(k, op->w[0], unit, &x, tile, gate[0], UNIT_ROWS);
-                unit_times_tile(k, op->w[1], unit, &x, tile, up[0], UNIT_ROWS);
+                unit_times_tile(k, op->w[0], unit, unfolded[0], &x, tile, gate[0], UNIT_ROWS);
+                unit_times_tile(k, op->w[1], unit, unfolded[1], &x, tile, up[0], UNIT_ROWS);
                 const int32_t first = tile * x.lanes, rows = PL_MIN(x.lanes, x.n_rows - first);
                 k->glu(op->n[0], gate[0], up[0], rows * UNIT_ROWS, gate[0]);
                 for (int32_t t = 0; y && t < rows; t++) {
@@ -682,5 +729,6 @@ void pl_run_product(void *job_pointer, const pl_member *member) {
         x = float_operand(job->x, width, job->n, lanes);
     }
     const destination to = {.w = job->w, .out = job->out, .stride = job->w->n_rows};
-    multiply(job->cpu->kernels, &to, 1, &x, &job->next, member);
+    uint8_t *memory = job->unfolding_memory ? job->unfolding_memory + member->index * job->unfolding_bytes : NULL;
+    multiply(job->cpu->kernels, &to, 1, &x, memory, &job->next, member);
 }

@@ -254,6 +254,20 @@ static int32_t allocate_attention(pl_program *p, int32_t n_threads, pl_error *er
     return p->attention_scratch ? 0 : -1;
 }
 
+static int32_t allocate_unfolding(pl_program *p, int32_t n_threads, pl_error *err) {
+    for (int32_t i = 0; i < p->n_ops; i++) {
+        const pl_op *op = &p->ops[i];
+        if (op->kind == PL_OP_LINEAR || op->kind == PL_OP_GLU || op->kind == PL_OP_LOGITS) {
+            p->unfolding_bytes = PL_MAX(p->unfolding_bytes, pl_unfolded_bytes(p->cpu->kernels, op->w, 3));
+        }
+    }
+    if (!p->unfolding_bytes) {
+        return 0;
+    }
+    p->unfolding_memory = pl_alloc((size_t)(2 * n_threads * p->unfolding_bytes), err);
+    return p->unfolding_memory ? 0 : -1;
+}
+
 /* ---- runs of one token --------------------------------------------------------------------------------------------- */
 
 static bool is_of_rows(const pl_op *op) {
@@ -442,6 +456,7 @@ PL_API pl_program *pl_program_new(const pl_op *ops, int32_t n_ops, const pl_valu
         }
     }
     if (!good || allocate_slots(p, err) < 0 || allocate_attention(p, pl_pool_size(pool), err) < 0 ||
+        allocate_unfolding(p, pl_pool_size(pool), err) < 0 ||
         plan_single(p, pl_pool_size(pool), err) < 0 || note_ropes(p, err) < 0) {
         pl_program_free(p);
         return NULL;
@@ -464,11 +479,13 @@ PL_API void pl_program_free(pl_program *p) {
     pl_free(p->single.starts);
     pl_free(p->single.memory);
     pl_free(p->attention_scratch);
+    pl_free(p->unfolding_memory);
     pl_free(p);
 }
 
 PL_API int64_t pl_program_bytes(const pl_program *p) {
-    return p->slot_bytes + p->attention_scratch_bytes + p->single.member_bytes * pl_pool_size(p->pool);
+    const int64_t of_member = p->single.member_bytes + 2 * p->unfolding_bytes;
+    return p->slot_bytes + p->attention_scratch_bytes + of_member * pl_pool_size(p->pool);
 }
 
 /* ---- runs ---------------------------------------------------------------------------------------------------------- */
@@ -567,7 +584,16 @@ PL_API int32_t pl_weight_product(const pl_weight *w, const float *x, int32_t n_t
             return -1;
         }
     }
+    job.unfolding_bytes = pl_unfolded_bytes(job.cpu->kernels, &w, 1);
+    if (job.unfolding_bytes) {
+        job.unfolding_memory = pl_alloc((size_t)(job.unfolding_bytes * pl_pool_size(pool)), err);
+        if (!job.unfolding_memory) {
+            pl_free(job.q8);
+            return -1;
+        }
+    }
     pl_pool_run(pool, 0, pl_run_product, &job);
+    pl_free(job.unfolding_memory);
     pl_free(job.q8);
     return 0;
 }

@@ -49,6 +49,8 @@ struct pl_program {
     const pl_cpu_set *cpu;
     uint8_t *attention_scratch;
     int64_t attention_scratch_bytes;
+    uint8_t *unfolding_memory; /* for each member two units of weights, unfolded; NULL: no product does that */
+    int64_t unfolding_bytes;   /* of one unit */
     pl_single_plan single;
     atomic_int (*counters)[2]; /* for each op: shared work counters, zeroed before a run */
 };
@@ -59,6 +61,9 @@ typedef struct pl_run_state {
     uint8_t *own; /* a member's memory for values of its own, in a run of one token */
 } pl_run_state;
 
+/* Bytes that units of n matrices, or as many as there are before a NULL, take at most where products unfold them. */
+int64_t pl_unfolded_bytes(const pl_kernels *k, const pl_weight *const *w, int32_t n);
+
 /* Runs all ops; every member of the team calls it. */
 void pl_run_ops(void *run_state, const pl_member *member);
 
@@ -68,6 +73,8 @@ typedef struct pl_product_job {
     const pl_cpu_set *cpu;
     const float *x;
     void *q8; /* pl_q8_bytes(n_cols, n), or NULL for a float matrix */
+    uint8_t *unfolding_memory; /* for each member a unit, unfolded; or NULL */
+    int64_t unfolding_bytes;
     int32_t n;
     float *out;
     atomic_int next;

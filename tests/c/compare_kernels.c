@@ -141,6 +141,33 @@ static void compare_product(const pl_cpu_set *set, const pl_weight *w, int64_t p
     }
 }
 
+/* Two panels unfolded, times as many rows of x: what the other product gives, to the last bit. */
+static void compare_unfolded(const pl_cpu_set *set, const pl_weight *w, int64_t panel, int32_t lanes, const float *x) {
+    enum { STRIDE = 2 * PL_PANEL_ROWS + 3 };
+    const pl_kernels *k = set->kernels;
+    const int32_t width = (int32_t)w->n_cols;
+    const pl_unfolded_products *u = k->unfolded(w->format);
+    if (!u) {
+        return;
+    }
+    uint8_t *unfolded = pl_alloc((size_t)(width / PL_GROUP * u->group_bytes), NULL);
+    uint8_t *tile = quantized_tile(k, x, width, lanes);
+    const uint8_t *p = pl_weight_panel(w, panel);
+    const pl_next next = {p, 2 * w->panel_bytes};
+    float got[PL_MAX_LANES * STRIDE], expected[PL_MAX_LANES * STRIDE];
+    for (int32_t i = 0; i < PL_MAX_LANES * STRIDE; i++) {
+        got[i] = expected[i] = -7;
+    }
+    u->unfold(w, p, unfolded);
+    u->product[lanes - PL_UNFOLDED_LANES](w, p, unfolded, tile, got, STRIDE, next);
+    k->product(w->format, lanes, 2)(w, p, tile, expected, STRIDE, next);
+    if (memcmp(got, expected, sizeof got) != 0) {
+        differ(set->name, "an unfolded product", w->format->type, lanes);
+    }
+    pl_free(tile);
+    pl_free(unfolded);
+}
+
 static void compare_products(const pl_cpu_set *set, int32_t type) {
     const int32_t unit = pl_type_block_elements(type), width = unit == 1 ? 67 : 3 * unit, n_rows = 37;
     int64_t bytes;
@@ -155,6 +182,9 @@ static void compare_products(const pl_cpu_set *set, int32_t type) {
         for (int64_t panel = 0; panel + panels <= w->n_panels; panel++) {
             for (int32_t lanes = 1; lanes <= set->kernels->max_lanes; lanes++) {
                 compare_product(set, w, panel, panels, lanes, x);
+                if (panels == 2 && lanes >= PL_UNFOLDED_LANES && set->kernels->unfolded) {
+                    compare_unfolded(set, w, panel, lanes, x);
+                }
             }
         }
     }

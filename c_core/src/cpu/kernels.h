@@ -23,6 +23,19 @@ typedef struct pl_next {
 typedef void (*pl_panel_product)(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride,
                                  pl_next next);
 
+/*
+ * Products of a format with many tiles. What a product would work out again for each tile, as the scales of 32 columns, is
+ * unfolded once for a pair of panels. The results are those of the other products, to the last bit.
+ */
+typedef void (*pl_unfolded_product)(const pl_weight *w, const uint8_t *panel, const uint8_t *unfolded, uint8_t *tile,
+                                    float *out, int64_t stride, pl_next next);
+enum { PL_UNFOLDED_LANES = 5 }; /* tiles have so many lanes at least where there are many of them */
+typedef struct pl_unfolded_products {
+    int32_t group_bytes;                                                   /* of 32 columns of two panels, unfolded */
+    void (*unfold)(const pl_weight *w, const uint8_t *panel, uint8_t *to); /* to multiples of 64 bytes */
+    pl_unfolded_product product[PL_MAX_LANES - PL_UNFOLDED_LANES + 1];
+} pl_unfolded_products;
+
 typedef struct pl_kernels {
     int32_t max_lanes;  /* rows of a tile, at most PL_MAX_LANES */
     int32_t max_panels; /* 1 or 2 neighbouring ones in a product */
@@ -52,6 +65,9 @@ typedef struct pl_kernels {
     int32_t (*read)(const uint8_t *p, int64_t bytes);
     /* `rounds` times PL_ROUND_PRODUCTS products of two int8 numbers, summed, with all operands in registers. */
     int32_t (*multiply_add)(int64_t rounds);
+
+    /* A format's products with many tiles, or NULL where product() does as well; NULL: there are none. */
+    const pl_unfolded_products *(*unfolded)(const pl_format *format);
 } pl_kernels;
 
 extern const pl_kernels pl_kernels_scalar;

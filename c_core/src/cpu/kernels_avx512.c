@@ -76,11 +76,70 @@ INLINE void affine(int kind, const uint8_t *head, const uint8_t *line, int group
 }
 
 /*
+ * Of a pair of panels that meets many tiles, what a product would work out again for each tile is unfolded once:
+ *
+ *   uint8 codes[8][2 panels][16 rows][4]   of a group; where they are 4 bits alone, products take them from the panel
+ *   float d[parts][2 panels][16]           a part has `sub` columns
+ *   float m[parts][2 panels][16]           in the formats that have it
+ */
+#define UNFOLDS_CODES(low_bits, two_shift, one_shift) ((low_bits) != 4 || (two_shift) >= 0 || (one_shift) >= 0)
+#define HAS_MINIMUM(kind) ((kind) == PL_SCALES_K32 || (kind) == PL_SCALES_K16M)
+#define UNFOLDED_CODE_BYTES(low_bits, two_shift, one_shift)                                                                 \
+    (UNFOLDS_CODES(low_bits, two_shift, one_shift) ? 2 * PL_GROUP * PL_PANEL_ROWS : 0)
+#define UNFOLDED_GROUP_BYTES(low_bits, two_shift, one_shift, sub, kind)                                                     \
+    (UNFOLDED_CODE_BYTES(low_bits, two_shift, one_shift) + PL_GROUP / (sub) * (HAS_MINIMUM(kind) ? 256 : 128))
+
+INLINE void unfold_panels(int low_bits, int two_shift, int one_shift, int sub, int kind, const pl_weight *w,
+                          const uint8_t *panel, uint8_t *unfolded) {
+    const int64_t groups = w->n_cols / PL_GROUP;
+    const int in_line = pl_line_groups(kind), parts = PL_GROUP / sub;
+    const int64_t apart = w->panel_bytes;
+    const uint8_t *at = panel, *head = at, *line = at;
+    for (int64_t group = 0; group < groups; group++) {
+        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
+            head = at;
+            at += PL_LINE_BYTES;
+        }
+        if (group % in_line == 0) {
+            line = at;
+            at += PL_LINE_BYTES;
+        }
+        if (UNFOLDS_CODES(low_bits, two_shift, one_shift)) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+#pragma GCC unroll 2
+                for (int p = 0; p < 2; p++, unfolded += 64) {
+                    const uint8_t *low = at + p * apart, *two = low + pl_two_at(low_bits);
+                    const uint8_t *one = low + pl_one_at(low_bits, two_shift);
+                    _mm512_store_si512(unfolded, codes(low_bits, two_shift, one_shift, low, two, one, i));
+                }
+            }
+        }
+        float *scales = (float *)unfolded;
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; part++) {
+#pragma GCC unroll 2
+            for (int p = 0; p < 2; p++) {
+                __m512 d, m;
+                affine(kind, head + p * apart, line + p * apart, (int)(group % in_line), part, &d, &m);
+                _mm512_store_ps(scales + 32 * part + PL_PANEL_ROWS * p, d);
+                if (HAS_MINIMUM(kind)) {
+                    _mm512_store_ps(scales + 32 * (parts + part) + PL_PANEL_ROWS * p, m);
+                }
+            }
+        }
+        at += pl_code_bytes(low_bits, two_shift, one_shift);
+        unfolded += parts * (HAS_MINIMUM(kind) ? 256 : 128);
+    }
+}
+
+/*
  * `panels` (1 or 2) neighbouring panels times a tile. In the formats with an offset the integer sums begin at minus the offset
- * times the sum of the activations, so that codes need not become signed.
+ * times the sum of the activations, so that codes need not become signed. `unfolded`: what unfold_panels() wrote, or NULL.
  */
 INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kind, int offset, int lanes, int panels,
-                    const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out, int64_t stride, pl_next next) {
+                    const pl_weight *w, const uint8_t *panel, const uint8_t *unfolded, uint8_t *tile, float *out,
+                    int64_t stride, pl_next next) {
     const int32_t width = (int32_t)w->n_cols;
     const int64_t groups = width / PL_GROUP, apart = w->panel_bytes;
     const int in_line = pl_line_groups(kind), parts = PL_GROUP / sub, n = panels * lanes;
@@ -130,7 +189,9 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
 #pragma GCC unroll 2
                 for (int p = 0; p < panels; p++) {
                     const uint8_t *low = codes_at[p], *two = low + pl_two_at(low_bits);
-                    u[p] = codes(low_bits, two_shift, one_shift, low, two, low + pl_one_at(low_bits, two_shift), i);
+                    u[p] = unfolded && UNFOLDS_CODES(low_bits, two_shift, one_shift)
+                               ? _mm512_load_si512(unfolded + 128 * i + 64 * p)
+                               : codes(low_bits, two_shift, one_shift, low, two, low + pl_one_at(low_bits, two_shift), i);
                 }
 #pragma GCC unroll 6
                 for (int t = 0; t < lanes; t++) {
@@ -146,7 +207,14 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
 #pragma GCC unroll 2
             for (int p = 0; p < panels; p++) {
                 __m512 d, m;
-                affine(kind, head + p * apart, line + p * apart, (int)(group % in_line), part, &d, &m);
+                if (unfolded) {
+                    const int code_bytes = UNFOLDED_CODE_BYTES(low_bits, two_shift, one_shift);
+                    const float *scales = (const float *)(unfolded + code_bytes) + PL_PANEL_ROWS * p;
+                    d = _mm512_load_ps(scales + 32 * part);
+                    m = HAS_MINIMUM(kind) ? _mm512_load_ps(scales + 32 * (parts + part)) : d;
+                } else {
+                    affine(kind, head + p * apart, line + p * apart, (int)(group % in_line), part, &d, &m);
+                }
 #pragma GCC unroll 6
                 for (int t = 0; t < lanes; t++) {
                     __m512 *to = &total[p * lanes + t];
@@ -162,6 +230,9 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
             minus += lanes;
         }
         at += pl_code_bytes(low_bits, two_shift, one_shift);
+        if (unfolded) {
+            unfolded += UNFOLDED_GROUP_BYTES(low_bits, two_shift, one_shift, sub, kind);
+        }
         q += PL_GROUP * lanes;
         dx += lanes;
         sums += lanes;
@@ -179,7 +250,7 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
 #define PRODUCT(name, lanes, panels, ...)                                                                                   \
     static void name##_##panels##_##lanes(const pl_weight *w, const uint8_t *panel, uint8_t *tile, float *out,              \
                                           int64_t stride, pl_next next) {                                                   \
-        product(__VA_ARGS__, lanes, panels, w, panel, tile, out, stride, next);                                             \
+        product(__VA_ARGS__, lanes, panels, w, panel, NULL, tile, out, stride, next);                                       \
     }
 #define PRODUCTS_OF(name, panels, ...)                                                                                      \
     PRODUCT(name, 1, panels, __VA_ARGS__)                                                                                   \
@@ -214,6 +285,48 @@ static pl_panel_product product_for(const pl_format *format, int32_t lanes, int3
         [PL_Q2_K] = q2_k, [PL_Q3_K] = q3_k, [PL_Q4_K] = q4_k, [PL_Q5_K] = q5_k, [PL_Q6_K] = q6_k,
     };
     return by_type[format->type][panels - 1][lanes - 1];
+}
+
+/* The same for formats that are unfolded: two panels, and as many lanes as batches of many tiles have. */
+#define UNFOLDED_PRODUCT(name, lanes, ...)                                                                                  \
+    static void name##_unfolded_##lanes(const pl_weight *w, const uint8_t *panel, const uint8_t *unfolded, uint8_t *tile,   \
+                                        float *out, int64_t stride, pl_next next) {                                         \
+        product(__VA_ARGS__, lanes, 2, w, panel, unfolded, tile, out, stride, next);                                        \
+    }
+#define UNFOLDED(name, low_bits, two_shift, one_shift, sub, kind, offset)                                                   \
+    static void name##_unfold(const pl_weight *w, const uint8_t *panel, uint8_t *to) {                                      \
+        unfold_panels(low_bits, two_shift, one_shift, sub, kind, w, panel, to);                                             \
+    }                                                                                                                       \
+    UNFOLDED_PRODUCT(name, 5, low_bits, two_shift, one_shift, sub, kind, offset)                                            \
+    UNFOLDED_PRODUCT(name, 6, low_bits, two_shift, one_shift, sub, kind, offset)                                            \
+    static const pl_unfolded_products name##_unfolded = {                                                                   \
+        UNFOLDED_GROUP_BYTES(low_bits, two_shift, one_shift, sub, kind), name##_unfold,                                     \
+        {name##_unfolded_5, name##_unfolded_6}};
+
+UNFOLDED(q5_0, 4, -1, 4, 32, PL_SCALES_D, 16)
+UNFOLDED(q2_k, 0, 0, -1, 16, PL_SCALES_K16M, 0)
+UNFOLDED(q3_k, 0, 0, 2, 16, PL_SCALES_K16, 4)
+UNFOLDED(q4_k, 4, -1, -1, 32, PL_SCALES_K32, 0)
+UNFOLDED(q5_k, 4, -1, 4, 32, PL_SCALES_K32, 0)
+UNFOLDED(q6_k, 4, 4, -1, 16, PL_SCALES_K16, 32)
+
+static const pl_unfolded_products *unfolded_for(const pl_format *format) {
+    switch (format->type) {
+    case PL_Q5_0:
+        return &q5_0_unfolded;
+    case PL_Q2_K:
+        return &q2_k_unfolded;
+    case PL_Q3_K:
+        return &q3_k_unfolded;
+    case PL_Q4_K:
+        return &q4_k_unfolded;
+    case PL_Q5_K:
+        return &q5_k_unfolded;
+    case PL_Q6_K:
+        return &q6_k_unfolded;
+    default:
+        return NULL;
+    }
 }
 
 /* So many independent accumulators a lane hide the latency of the multiply-add when there are few lanes; with many, they are
@@ -591,6 +704,6 @@ static int32_t multiply_add(int64_t rounds) {
 }
 
 const pl_kernels pl_kernels_avx512 = {
-    PL_MAX_LANES, 2, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add,
+    PL_MAX_LANES, 2, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add, unfolded_for,
 };
 #endif

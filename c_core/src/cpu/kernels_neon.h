@@ -520,5 +520,5 @@ static int32_t multiply_add(int64_t rounds) {
 }
 
 const pl_kernels TABLE = {
-    MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add,
+    MAX_LANES, 1, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add, NULL,
 };

@@ -151,5 +151,5 @@ static int32_t multiply_add(int64_t rounds) {
 }
 
 const pl_kernels pl_kernels_scalar = {
-    4, 1, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add,
+    4, 1, product_for, product_float, quantize, rms_norm, glu, rotate, halve, read, multiply_add, NULL,
 };
