@@ -143,16 +143,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="GGUF file to write")
     parser.add_argument("--type", choices=list(FILE_TYPES), default="Q4_K_M", help="(%(default)s)")
-    for name, value, what in (
-        ("embd", 2048, "width"),
-        ("layer", 22, "layers"),
-        ("head", 32, "heads"),
-        ("head-kv", 4, "key/value heads"),
-        ("ff", 5632, "width of the feed-forward layer"),
-        ("vocab", 32000, "tokens"),
-        ("ctx", 8192, "tokens of context"),
+    for flag, value, what in (
+        ("--n-embd", 2048, "width"),
+        ("--n-layer", 22, "layers"),
+        ("--n-head", 32, "heads"),
+        ("--n-head-kv", 4, "key/value heads"),
+        ("--n-ff", 5632, "width of the feed-forward layer"),
+        ("--n-vocab", 32000, "tokens"),
+        ("--n-ctx", 8192, "tokens of context"),
     ):
-        parser.add_argument(f"--n-{name}", type=int, default=value, metavar="N", help=f"{what} (%(default)s)")
+        parser.add_argument(flag, type=int, default=value, metavar="N", help=f"{what} (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     make(parser.parse_args())
     return 0

@@ -125,7 +125,7 @@ def anchors(page: Path) -> set[str]:
 def test_files(page):
     """Paths in code that begin with one of the project's folders."""
     for path in re.findall(
-        r"(?<![\w/.~])(?:docs|examples|public|pyllama|tests|c_core)/[\w./*-]*\w", page.read_text("utf-8")
+        r"(?<![\w/.~])(?:docs|examples|benchmarks|public|pyllama|tests|c_core)/[\w./*-]*\w", page.read_text("utf-8")
     ):
         assert list(ROOT.glob(path)), path
 
@@ -141,12 +141,13 @@ def test_flags(page):
 
 
 def all_flags() -> set[str]:
-    """Long flags of the server, of the command line and of the example that has some."""
+    """Long flags of the server, of the command line, of the benchmarks and of the example that has some."""
     names = {name for flag in FLAGS for name in flag.names} | {"--help", "--version"}
     (commands,) = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
     for parser in commands.choices.values():
         names.update(name for action in parser._actions for name in action.option_strings)
-    names.update(re.findall(r'"(--[\w-]+)"', (ROOT / "examples" / "api_like_OAI.py").read_text(encoding="utf-8")))
+    for script in (ROOT / "examples" / "api_like_OAI.py", *(ROOT / "benchmarks").glob("*.py")):
+        names.update(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     return names
 
 
