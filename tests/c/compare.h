@@ -11,6 +11,7 @@ float random_float(void); /* in [-1, 1) */
 bool close_to(const float *a, const float *b, int32_t n, float tolerance);
 
 void compare_attention(const pl_cpu_set *set);
+void check_kv(void);
 void check_pool(void);
 void check_program(void);
 

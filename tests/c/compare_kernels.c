@@ -2,7 +2,7 @@
  * compare_kernels.c - every kernel set that this processor runs against the scalar one: products of all formats for all
  * numbers of lanes, quantization (bit for bit), norms and activations, with nothing written outside of the results; the
  * softmax's sum against the C library's exp; panels that are re-laid as a whole against the same made row by row. Also the
- * thread pool, and programs.
+ * thread pool, the pool of keys and values, and programs.
  *
  * Linked with the core's sources. Prints one line for each set and for each difference; exits with the number of differences.
  */
@@ -389,6 +389,7 @@ int main(void) {
     }
     check_pool();
     unsetenv("PYLLAMA_CPU");
+    check_kv();
     check_program();
     return PL_MIN(differences, 100);
 }
