@@ -175,7 +175,7 @@ class _Cursor:
                 )  # fmt: skip
                 return StringArray(self.take(walked, f"array {key!r}"), offsets, lengths)
             except CoreError as error:
-                if len(rest) == self.left:
+                if len(rest) >= self.left:
                     raise GGUFError(f"array {key!r}: {error}") from None
             self._read_more()
 

@@ -92,7 +92,8 @@ int64_t pl_weight_panel_bytes(int32_t type, int64_t n_rows, int64_t n_cols, pl_e
  * matrix lives in `arena`, which must outlive it (NULL: in memory of its own). */
 pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, const void *data, int64_t n_bytes,
                          pl_pool *pool, pl_error *err);
-/* The same with the `n_bytes` from `offset` on of a file that is open with this descriptor. */
+/* The same with the `n_bytes` from `offset` on of a file that is open with this descriptor. Fails where the file ends before
+ * them, or cannot be read. */
 pl_weight *pl_weight_read(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, int32_t file, int64_t offset,
                           int64_t n_bytes, pl_pool *pool, pl_error *err);
 void pl_weight_free(pl_weight *w);

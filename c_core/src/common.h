@@ -9,6 +9,8 @@
 
 #include "pyllama_core.h"
 
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "numbers are read as they stand in files, which are little-endian");
+
 #define PL_API __attribute__((visibility("default")))
 #define PL_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define PL_MAX(a, b) ((a) > (b) ? (a) : (b))

@@ -319,7 +319,7 @@ static pl_weight *filled(pl_weight *w, relay_job source, pl_pool *pool, pl_error
 PL_API pl_weight *pl_weight_new(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, const void *data,
                                 int64_t n_bytes, pl_pool *pool, pl_error *err) {
     pl_weight *w = unfilled(arena, type, n_rows, n_cols, n_bytes, err);
-    return filled(w, (relay_job){.data = data}, pool, err);
+    return filled(w, (relay_job){.data = data, .file = -1}, pool, err);
 }
 
 PL_API pl_weight *pl_weight_read(pl_arena *arena, int32_t type, int64_t n_rows, int64_t n_cols, int32_t file, int64_t offset,

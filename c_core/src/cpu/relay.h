@@ -10,7 +10,7 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -71,7 +71,7 @@ typedef __m128i reg;
 INLINE reg load_rows(rows source, int64_t offset, int i) {
     return _mm_loadu_si128((const __m128i *)(row_of(source, i) + offset));
 }
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
 typedef uint32x4_t reg;
 #define LOW_WORDS vzip1q_u32
 #define HIGH_WORDS vzip2q_u32
@@ -119,7 +119,7 @@ INLINE void store_halves(uint8_t *out, word v) {
 
 /* The lowest byte of each lane. */
 INLINE void store_bytes(uint8_t *out, word v) {
-#if LANES == 4 && defined(__ARM_NEON)
+#if LANES == 4 && defined(__aarch64__)
     const uint16x4_t narrow = vmovn_u32((reg)v);
     const uint8x8_t b = vmovn_u16(vcombine_u16(narrow, narrow));
 #elif LANES == 4 && defined(__SSE2__)
