@@ -81,7 +81,8 @@ class Llama:
 
     Raises:
         ChatTemplateError: the template is none.
-        GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
+        GGUFError, ModelError: the file is damaged, or not a model that pyllama runs, or memory for it was refused.
+        CoreError: threads were refused, or the kernels that ``PYLLAMA_CPU`` names.
         PullError: the default model cannot be fetched.
         OSError: the file cannot be read.
         ValueError: an argument is out of range, or the draft model has another vocabulary.

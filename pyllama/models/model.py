@@ -229,8 +229,8 @@ def load(
         pool: threads to run on, those of a model that never runs at the same time; None: its own.
 
     Raises:
-        GGUFError, ModelError: the file is damaged, or not a model that pyllama runs.
-        CoreError: memory or threads were refused, or the kernels that ``PYLLAMA_CPU`` names.
+        GGUFError, ModelError: the file is damaged, or not a model that pyllama runs, or memory for it was refused.
+        CoreError: threads were refused, or the kernels that ``PYLLAMA_CPU`` names.
         OSError: the file cannot be opened.
         ValueError: an argument is out of range.
     """

@@ -234,7 +234,13 @@ FLAGS = (
         "TYPE",
     ),
     Flag(("--mlock",), "LLAMA_ARG_MLOCK", "keep the model from being swapped out", False, bool),
-    Flag(("--no-mmap",), "LLAMA_ARG_NO_MMAP", "read the model instead of mapping it", False, bool),
+    Flag(
+        ("--no-mmap",),
+        "LLAMA_ARG_NO_MMAP",
+        "read the model's metadata instead of mapping them (weights are always read)",
+        False,
+        bool,
+    ),
     Flag(
         ("--numa",),
         "LLAMA_ARG_NUMA",
