@@ -210,6 +210,8 @@ class GGUFFile:
             OSError: the file cannot be read.
         """
         path = Path(path)
+        if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe might take forever
+            raise GGUFError(f"{path} is a pipe or a device; what is read is read from files")
         file = path.open("rb")
         try:
             return cls(path, file, mmap=mmap)

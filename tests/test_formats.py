@@ -136,6 +136,15 @@ def test_a_matrix_is_read_from_a_file(tmp_path, name, n_rows, n_cols, n_threads)
     )
 
 
+def test_a_matrix_far_into_a_file(tmp_path):
+    """Past what 32 bits count."""
+    x, offset = np.arange(64 * 33, dtype=np.float32).reshape(64, 33), (1 << 32) + 7
+    with (tmp_path / "x").open("wb") as file:
+        file.seek(offset)  # what is skipped takes no room
+        file.write(x.tobytes())
+    np.testing.assert_array_equal(weight_rows(read_weight(tmp_path / "x", "F32", *x.shape, offset), list(range(64)), 33), x)
+
+
 def test_what_cannot_be_read_from_a_file(tmp_path):
     (tmp_path / "x").write_bytes(bytes(100 * 18))
     read_weight(tmp_path / "x", "Q4_0", 100, 32, 0)

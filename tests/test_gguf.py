@@ -292,6 +292,14 @@ def test_version_2_is_read(tmp_path: Path) -> None:
         assert file.version == 2 and file.metadata == {"k": 9} and file.tensors["t"].n_bytes == 128
 
 
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GGUFError, match="pipe is a pipe or a device"):
+        GGUFFile.open(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError):
+        GGUFFile.open(tmp_path)
+
+
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     make_llama(tmp_path / "whole.gguf", n_layer=1, n_embd=32, n_head=2, n_head_kv=1, n_ff=32)
     whole = (tmp_path / "whole.gguf").read_bytes()
