@@ -247,7 +247,7 @@ class _Job:
     def __init__(self, stream: Stream, sampler: Sampler, text: _Text) -> None:
         self.stream, self.sampler, self.text = stream, sampler, text
         self.request = stream.request
-        self.truncated = False
+        self.truncated = self.has_text = False
         self.scores: list[Sample] = []
         self.n_predicted = self.n_guessed = self.n_guessed_right = 0
         self.n_tokens = 0  # of the sequence at the last guess
@@ -683,7 +683,8 @@ class Engine:
         event, stream = job.text.push(sample), job.stream
         if event is not None:
             self._outbox.append((stream, event))
-            self._is_urgent |= job.n_predicted == 1
+            self._is_urgent |= not job.has_text
+            job.has_text = True
         if job.text.stopping_word:
             self._end(sequence, "word")
         elif job.sampler.finished:

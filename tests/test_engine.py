@@ -81,6 +81,16 @@ def test_quick_steps_are_told_of_together(engine: Engine, monkeypatch, quick: bo
     assert n_told == ([1, 10] if quick else [*range(1, 9), 10])
 
 
+def test_the_first_text_never_waits(engine: Engine, monkeypatch) -> None:
+    """Though it comes with the second token only, which completes a character."""
+    monkeypatch.setattr("pyllama.engine.BURST_SECONDS", 1000.0)
+    stream = engine.submit(request(prompt_of(5), 5, sampling=SamplingParams(grammar='root ::= "\u00e9" [a-z]*', ignore_eos=True)))
+    n_told: list[int] = []
+    stream.listener = lambda: n_told.append(stream._events.qsize())
+    stream.wait()
+    assert n_told == [1, 5]
+
+
 def test_a_shared_prefix_is_evaluated_once(engine: Engine) -> None:
     start = prompt_of(70)
     tokens_of(engine.submit(request(start, 1)))
