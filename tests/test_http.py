@@ -12,12 +12,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pyllama.server.errors import ApiError
 from pyllama.server.http import CLIENT, MAX_BODY, NOTES, Client, RequestRecord, Server
+from pyllama.server.sse import send_events
 
 Application = Callable[..., Iterable[bytes]]
 
@@ -293,6 +295,42 @@ def test_an_error_in_place_of_a_stream_is_an_ordinary_one():
         assert response.getheader("Content-Type") == "application/json; charset=utf-8"
         error = json.loads(response.read())["error"]
         assert error == {"code": 503, "message": "not now", "type": "unavailable_error"}
+        assert response.getheader("Connection") == "close"
+
+
+def test_a_failure_in_place_of_a_stream_is_told(caplog):
+    def broken(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/event-stream"), ("Access-Control-Allow-Origin", "*")])
+        environ[CLIENT].stream(pieces())
+        return []
+
+    def pieces() -> Iterator[bytes]:
+        raise RuntimeError("a fault of ours")
+        yield b"never"
+
+    with running(broken) as server, server.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 500 ")
+        assert error_in(answer) == {"code": 500, "message": "Internal Server Error", "type": "server_error"}
+        assert server.record().status == 500
+    assert "a fault of ours" in caplog.text
+
+
+def test_events_that_nobody_asked_for_are_closed():
+    """The client left before the first."""
+
+    def pieces() -> Iterator[object]:
+        try:
+            yield None
+            yield "never"
+        finally:
+            closed.set()
+
+    closed, values, bodies = threading.Event(), pieces(), []
+    assert send_events(values, SimpleNamespace(stream=bodies.append)) == b""
+    bodies[0].close()
+    assert closed.is_set()
 
 
 def test_a_stop_ends_what_waits_for_news(monkeypatch):

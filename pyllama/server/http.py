@@ -192,6 +192,10 @@ class _Task(_Recorded, WSGITask):
         except ApiError as error:
             self._refuse(error)
             return None
+        except Exception:
+            if not (pieces or self.wrote_header):
+                self._refuse(ApiError(500, "Internal Server Error"))
+            raise
         finally:  # what came before a failure is sent
             if pieces or piece is None:
                 self._send(pieces, is_whole=piece is None)
@@ -212,20 +216,9 @@ class _Task(_Recorded, WSGITask):
         self.status = error.status_line
         others = [header for header in self.response_headers if header[0] != "Content-Type"]
         self.response_headers = [*others, ("Content-Type", JSON)]
+        self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
-
-    def _gather(self, pieces: list[bytes]) -> bytes | None:
-        """Adds the pieces that are there, but not many more than are to be sent at once.
-
-        Returns:
-            The piece that was looked at last: none, if there are no more; an empty one, if there are none yet.
-        """
-        n_bytes = 0
-        while n_bytes <= MAX_UNREAD and (piece := next(self._body, None)):
-            pieces.append(piece)
-            n_bytes += len(piece)
-        return piece
 
     def end(self) -> None:
         """Closes the stream and the connection, whatever there may still have been to write."""
@@ -293,8 +286,9 @@ class _Channel(HTTPChannel):
         try:
             super().service()
         except _HandedOver as handed_over:
-            (self.stream,) = handed_over.args
-            self.server.streams.add(self.stream)
+            (stream,) = handed_over.args
+            self.server.streams.add(stream)  # before anybody can write, and end, it
+            self.stream = stream
             self.write_news()
 
     def write_news(self) -> None:
@@ -458,7 +452,7 @@ class Server:
                 log_socket_errors=False,
                 max_request_body_size=MAX_BODY,
                 max_request_header_size=MAX_HEADER,
-                outbuf_high_watermark=MAX_UNREAD,
+                outbuf_high_watermark=MAX_UNREAD + MAX_HEADER,  # so that no stream waits for room behind its own header
             )
         except ValueError as error:
             raise OSError(f"{host!r} is not an address of this machine") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,9 @@ def infill_tokens(service: Service, prefix: str, suffix: str) -> list[int]:
         raise ApiError(501, str(error)) from None
 
 
-def _complete(service: Service, job: _Job, client: Client, notes: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+def _complete(
+    service: Service, job: _Job, client: Client, notes: dict[str, Any]
+) -> Generator[dict[str, Any] | None, None, None]:
     """One object for each piece of text, and a last one with everything else. Several prompts are worked on side by side, and
     each object tells the ``index`` of its own. None, as the first one: there is nothing yet."""
     n_probs = job.requests[0].sampling.n_probs

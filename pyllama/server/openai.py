@@ -9,7 +9,7 @@ import base64
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -247,7 +247,7 @@ class _Answer:
     client: Client
     notes: dict[str, Any]
 
-    def chunks(self, with_usage: bool) -> Iterator[object]:
+    def chunks(self, with_usage: bool) -> Generator[object, None, None]:
         """What a stream sends, the choices side by side. None, as the first one: there is nothing yet."""
         head = {**self.head, "object": self.choices[0].chunk_kind}
         if with_usage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from bottle import response
 
@@ -15,7 +15,7 @@ DONE = "[DONE]"
 """The last event of OpenAI's streams, as it is and not as JSON."""
 
 
-def send_events(values: Iterator[object], client: Client) -> bytes:
+def send_events(values: Generator[object, None, None], client: Client) -> bytes:
     """Answers with a stream that sends each value as soon as it is there; None says that none is.
 
     Args:
@@ -25,14 +25,15 @@ def send_events(values: Iterator[object], client: Client) -> bytes:
     Returns:
         What the handler is to return.
     """
-    next(values)
+    body = _encode(values)
+    next(body)
     response.content_type = "text/event-stream"
     response.set_header("Cache-Control", "no-cache")
-    client.stream(_encode(values))
+    client.stream(body)
     return b""
 
 
-def _encode(values: Iterator[object]) -> Iterator[bytes]:
+def _encode(values: Generator[object, None, None]) -> Iterator[bytes]:
     has_begun = False
     try:
         for value in values:
@@ -45,3 +46,5 @@ def _encode(values: Iterator[object]) -> Iterator[bytes]:
         if not has_begun:
             raise
         yield b"data: " + error_body(error.status_code, error.message) + b"\n\n"
+    finally:
+        values.close()
