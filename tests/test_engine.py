@@ -71,6 +71,7 @@ def test_what_comes_at_the_same_moment_begins_together(engine: Engine, monkeypat
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_quick_steps_are_told_of_together(engine: Engine, monkeypatch, quick: bool) -> None:
+    monkeypatch.setattr("pyllama.engine._TOGETHER_SECONDS", 0.3)  # so that it is listened to before it begins
     monkeypatch.setattr("pyllama.engine.BURST_SECONDS", 1000.0 if quick else 0.0)
     step_by_step = SamplingParams(temperature=0.0, repeat_penalty=1.0, ignore_eos=True, n_probs=1)
     stream = engine.submit(request(prompt_of(5), 9, sampling=step_by_step))
@@ -83,6 +84,7 @@ def test_quick_steps_are_told_of_together(engine: Engine, monkeypatch, quick: bo
 
 def test_the_first_text_never_waits(engine: Engine, monkeypatch) -> None:
     """Though it comes with the second token only, which completes a character."""
+    monkeypatch.setattr("pyllama.engine._TOGETHER_SECONDS", 0.3)  # as above
     monkeypatch.setattr("pyllama.engine.BURST_SECONDS", 1000.0)
     stream = engine.submit(request(prompt_of(5), 5, sampling=SamplingParams(grammar='root ::= "\u00e9" [a-z]*', ignore_eos=True)))
     n_told: list[int] = []
