@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pyllama.server import flags as server_flags
 from pyllama.server.main import Program
@@ -142,14 +143,16 @@ class ServerThread(_Requests):
     Args:
         flags: of the command line.
         environ: what stands in for flags.
+        wait: go on only when the model is loaded.
     """
 
-    def __init__(self, *flags: str | int | Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *flags: str | int | Path, environ: Mapping[str, str] | None = None, wait: bool = True) -> None:
         self.program = Program(server_flags.parse(["--port", "0", *map(str, flags)], environ or {}))
         ((_, self.port),) = self.program.server.addresses
         self._thread = threading.Thread(target=self.program.run, name="server")
         self._thread.start()
-        wait_until(lambda: self.program.service.is_ready)
+        if wait:
+            wait_until(lambda: self.program.service.is_ready)
 
     def __enter__(self) -> ServerThread:
         return self
@@ -158,6 +161,22 @@ class ServerThread(_Requests):
         self.program.stop()
         self._thread.join(timeout=30)
         assert not self._thread.is_alive()
+
+
+@contextlib.contextmanager
+def loading_server() -> Iterator[ServerThread]:
+    """A server that is never done with loading its model."""
+    enough = threading.Event()
+
+    def load(path: Path, **_: object) -> None:
+        enough.wait()
+        raise ValueError("enough")
+
+    with mock.patch("pyllama.models.load", load), ServerThread("-m", "slow.gguf", wait=False) as server:
+        try:
+            yield server
+        finally:
+            enough.set()
 
 
 def read_events(response: http.client.HTTPResponse) -> Iterator[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import ROOT, ServerProcess
+from tests.serving import ROOT, ServerProcess, loading_server
 from tests.tiny_models import make_llama
 
 
@@ -56,16 +55,11 @@ def test_answers_while_the_model_is_loading(model):
         assert status == 503 and answer["error"]["code"] == 503 and "load" in answer["error"]["message"]
 
 
-def test_the_page_is_there_while_the_model_is_loading(model, tmp_path):
-    pipe = tmp_path / "slow.gguf"  # a model whose file is never read to its end
-    os.mkfifo(pipe)
-    server = ServerProcess("-m", pipe, wait=False)
-    try:
+def test_the_page_is_there_while_the_model_is_loading():
+    with loading_server() as server:
         assert server.json("GET", "/health")[0] == 503
         response = server.send("GET", "/")
         assert response.status == 200 and response.read().startswith(b"<!doctype html>")
-    finally:
-        server.process.kill()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.browser import Browser, Page, find_chromium
-from tests.serving import ServerProcess, wait_until
+from tests.serving import ServerProcess, loading_server, wait_until
 from tests.tiny_models import make_llama
 
 needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")
@@ -846,11 +845,8 @@ def test_the_servers_key_is_asked_for(model, open_page):
 
 
 @needs_chromium
-def test_the_page_waits_for_the_model(tmp_path, open_page):
-    pipe = tmp_path / "slow.gguf"
-    os.mkfifo(pipe)
-    server = ServerProcess("-m", pipe, wait=False)
-    try:
+def test_the_page_waits_for_the_model(open_page):
+    with loading_server() as server:
         page = open_page(server.url, ready=False, refusals=True)
         page.wait_for("document.getElementById('notice-text').textContent.includes('being loaded')")
         ask(page, "hello")
@@ -858,8 +854,6 @@ def test_the_page_waits_for_the_model(tmp_path, open_page):
         busy(page)
         page.press("Escape")
         idle(page)
-    finally:
-        server.process.kill()
 
 
 @needs_chromium
