@@ -539,6 +539,7 @@ class Matcher:
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar  # the core's matcher reads it
+        self._trie: TokenTrie | None = None  # the core remembers masks of it, and tells tries apart by address
         self._handle = create(lib.pl_matcher_new, lib.pl_matcher_free, grammar._handle)
 
     def allows(self, data: bytes) -> bool:
@@ -562,3 +563,4 @@ class Matcher:
     def mask(self, trie: TokenTrie, logits: np.ndarray) -> None:
         """Sets the logits (float32 [n_vocab]) of tokens that are not allowed, and of those without bytes, to -inf."""
         call(lib.pl_matcher_mask, self._handle, trie._handle, ffi.from_buffer("float[]", logits), len(logits))
+        self._trie = trie

@@ -662,6 +662,18 @@ def test_masks_where_characters_are_counted(bounds):
                 assert allowed_by_mask(matcher, trie) == allowed_one_by_one(matcher, tokens)
 
 
+def test_masks_where_looking_ahead_would_take_much_memory():
+    """Each of 40 characters narrows 800 ways in a way of its own: what may come is not looked at as far as it could be."""
+    rng = random.Random(5)
+    ways = ("".join(rng.sample("0123456789!#$%&*+,./:;<=>?@_|~", 15)) for _ in range(800))
+    matcher = Grammar("root ::= [a-z]* (" + " | ".join(f"[a-zA-Z{way}]{{40}}" for way in ways) + ') "!end"').matcher()
+    tokens = random_tokens([*"abXYZ01?!", "abc", "aZaZaZaZ"], 150, 12, 4)
+    trie = TokenTrie(*Vocabulary(tokens).token_table())
+    for piece in (b"", b"aZ?", b"0!" + 30 * b"b"):
+        assert matcher.accept(piece)
+        assert allowed_by_mask(matcher, trie) == allowed_one_by_one(matcher, tokens)
+
+
 def test_many_masks_are_remembered_and_forgotten():
     matcher = Grammar('root ::= "("{,200} [a-c]* ")"*').matcher()
     tokens = [b"a", b"(", b"x", b"((", b"c)"]

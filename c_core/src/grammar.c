@@ -280,8 +280,7 @@ static int32_t rank_rules(pl_grammar *g, const int32_t *owner, const uint8_t *re
     if (n == g->n_rules) {
         return 0;
     }
-    /* Every rule left has a caller that is left: whoever goes from callee to caller for long enough goes in a circle.
-     * */
+    /* Every rule left has a caller that is left: who goes from callee to caller for long enough goes in a circle. */
     int32_t *caller = g->rank;
     for (int32_t rule = 0; rule < g->n_rules; rule++) {
         for (int32_t i = n_callers[rule] > 0 ? calls[rule] : NONE; i != NONE; i = next_call[i]) {

@@ -67,10 +67,10 @@ static inline int32_t covered_limit(const pl_branch *b, const pl_trie_node *chil
     return ends ? end : NO_LIMIT;
 }
 
-/* Walks the tree below what branches[base] and path[base] stand at, and collects what is allowed as spans. */
-static int32_t walk(pl_matcher *m, const pl_trie *trie, int32_t base, pl_error *err) {
+/* Walks the tree below what branches[1] and path[1] stand at, and collects what is allowed as spans. */
+static int32_t walk(pl_matcher *m, const pl_trie *trie, pl_error *err) {
     pl_masks *k = &m->masks;
-    for (int32_t level = base; level >= base;) {
+    for (int32_t level = 1; level > 0;) {
         pl_branch *b = &k->branches[level];
         if (b->child == b->last) {
             level--;
@@ -217,7 +217,7 @@ static const pl_mask *mask_here(pl_matcher *m, const pl_trie *trie, pl_error *er
     }
     m->path[1] = (pl_cursor){outline, m->path[0].partial};
     k->n_spans = k->open.n = 0;
-    if (enter_node(m, trie, 1, 0, (pl_branch){.end = trie->n_tokens}, err) != 0 || walk(m, trie, 1, err) != 0) {
+    if (enter_node(m, trie, 1, 0, (pl_branch){.end = trie->n_tokens}, err) != 0 || walk(m, trie, err) != 0) {
         return NULL;
     }
     if (k->n == PL_KEPT_MASKS || k->n_listed > KEPT_TOKENS) {
@@ -265,7 +265,7 @@ static int32_t try_subtree(pl_matcher *m, const pl_trie *trie, int32_t node, pl_
     const bool leaf = children == trie->nodes[node + 1].children;
     k->n_spans = 0;
     if (allow(k, (pl_span){trie->nodes[node].first, leaf ? end : trie->nodes[children].first, NO_LIMIT}, err) != 0 ||
-        enter_node(m, trie, 1, node, (pl_branch){.end = end, .chars = chars}, err) != 0 || walk(m, trie, 1, err) != 0) {
+        enter_node(m, trie, 1, node, (pl_branch){.end = end, .chars = chars}, err) != 0 || walk(m, trie, err) != 0) {
         return -1;
     }
     for (int64_t i = 0; i < k->n_spans; i++) {

@@ -578,7 +578,12 @@ static const pl_row *survey(pl_matcher *m, int32_t state, pl_error *err) {
     return r;
 }
 
-/* Finds the stretch of a state. */
+static int64_t memory_in_use(const pl_matcher *m) {
+    return m->pool.n * (int64_t)sizeof *m->pool.at + m->n_sets * (int64_t)sizeof *m->sets +
+           m->n_rows * (int64_t)sizeof *m->rows + m->n_moves * (int64_t)sizeof *m->moves;
+}
+
+/* Finds the stretch of a state; less of it where to look further would take too much memory. */
 static int32_t find_stretch(pl_matcher *m, int32_t state, pl_error *err) {
     pl_stretch stretch = {.levels = 0};
     for (int32_t at = state;; stretch.levels++) {
@@ -587,7 +592,7 @@ static int32_t find_stretch(pl_matcher *m, int32_t state, pl_error *err) {
             return -1;
         }
         stretch.groups = at == state ? r->uniform : stretch.groups;
-        if (stretch.levels == MANY_LEVELS || pl_matcher_is_open(m, at)) {
+        if (stretch.levels == MANY_LEVELS || memory_in_use(m) > m->memory || pl_matcher_is_open(m, at)) {
             stretch.stop = ~(uint64_t)0;
             break;
         }
@@ -624,11 +629,6 @@ int32_t pl_matcher_stretch(pl_matcher *m, const pl_cursor *c, bool wanted, pl_st
 }
 
 /* ---- bounded memory ----------------------------------------------------------------------------------------------- */
-
-static int64_t memory_in_use(const pl_matcher *m) {
-    return m->pool.n * (int64_t)sizeof *m->pool.at + m->n_sets * (int64_t)sizeof *m->sets +
-           m->n_rows * (int64_t)sizeof *m->rows + m->n_moves * (int64_t)sizeof *m->moves;
-}
 
 /* Drops the sets that the first `n_path` cursors do not need, and all remembered moves. Pairs speak of older sets only,
  * and numbers keep their order: sorted pairs stay sorted. */

@@ -44,8 +44,8 @@ typedef struct pl_set {
     int32_t mask; /* the same of its mask */
 } pl_set;
 
-/* What may come whatever its characters are, as long as they are of these groups: up to `levels` characters (PL_ENDLESS: any
- * number). After exactly so many, no character of the groups can come but for those in `stop`. */
+/* What may come whatever its characters are, as long as they are of these groups: up to `levels` characters (PL_ENDLESS:
+ * any number). After exactly so many, no character of the groups can come but for those in `stop`. */
 typedef struct pl_stretch {
     uint64_t groups, stop;
     int32_t levels;
