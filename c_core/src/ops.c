@@ -125,7 +125,7 @@ int64_t pl_unfolded_bytes(const pl_kernels *k, const pl_weight *const *w, int32_
 /* A unit unfolded to `memory`, if it pays with so many tiles; otherwise NULL. */
 static const uint8_t *unfold(const pl_kernels *k, const pl_weight *w, int64_t unit, const operand *x, int32_t tiles,
                              uint8_t *memory) {
-    enum { ENOUGH = 8 }; /* to unfold Q6_K takes as long as is won with six */
+    enum { ENOUGH = 8 }; /* to unfold Q6_K takes as long as is won with five to eight */
     if (!memory || !x->quantized || x->lanes < PL_UNFOLDED_LANES || tiles < ENOUGH || !unfolded_bytes(k, w) ||
         (unit + 1) * UNIT_PANELS > w->n_panels) {
         return NULL;
