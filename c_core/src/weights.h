@@ -51,6 +51,20 @@ static inline int32_t pl_code_bytes(int32_t low_bits, int32_t two_shift, int32_t
     return pl_one_at(low_bits, two_shift) + (one_shift >= 0 ? 64 : 0);
 }
 
+/* For walking through a panel group by group: `at` passes the scales that stand before a group's codes, which `head` and `line`
+ * point to then. */
+static inline __attribute__((always_inline)) void pl_pass_scales(pl_scales s, int64_t group, const uint8_t **at,
+                                                                 const uint8_t **head, const uint8_t **line) {
+    if (pl_has_heads(s) && group % PL_HEAD_GROUPS == 0) {
+        *head = *at;
+        *at += PL_LINE_BYTES;
+    }
+    if (group % pl_line_groups(s) == 0) {
+        *line = *at;
+        *at += PL_LINE_BYTES;
+    }
+}
+
 /* Where the parts that belong to a group begin in a panel. */
 typedef struct pl_place {
     int64_t head, line, codes;

@@ -120,14 +120,7 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
         total[t][0] = total[t][1] = _mm256_setzero_ps();
     }
     for (int64_t group = 0; group < groups; group++) {
-        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
-            head = at;
-            at += PL_LINE_BYTES;
-        }
-        if (group % in_line == 0) {
-            line = at;
-            at += PL_LINE_BYTES;
-        }
+        pl_pass_scales(kind, group, &at, &head, &line);
         if (lanes <= PL_STREAMING_LANES) {
 #pragma GCC unroll 8
             for (int i = 0; i < pl_code_bytes(low_bits, two_shift, one_shift); i += 64) {

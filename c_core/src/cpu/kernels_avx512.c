@@ -96,14 +96,7 @@ INLINE void unfold_panels(int low_bits, int two_shift, int one_shift, int sub, i
     const int64_t apart = w->panel_bytes;
     const uint8_t *at = panel, *head = at, *line = at;
     for (int64_t group = 0; group < groups; group++) {
-        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
-            head = at;
-            at += PL_LINE_BYTES;
-        }
-        if (group % in_line == 0) {
-            line = at;
-            at += PL_LINE_BYTES;
-        }
+        pl_pass_scales(kind, group, &at, &head, &line);
         if (UNFOLDS_CODES(low_bits, two_shift, one_shift)) {
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++) {
@@ -154,14 +147,7 @@ INLINE void product(int low_bits, int two_shift, int one_shift, int sub, int kin
         total[t] = _mm512_setzero_ps();
     }
     for (int64_t group = 0; group < groups; group++) {
-        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
-            head = at;
-            at += PL_LINE_BYTES;
-        }
-        if (group % in_line == 0) {
-            line = at;
-            at += PL_LINE_BYTES;
-        }
+        pl_pass_scales(kind, group, &at, &head, &line);
         const uint8_t *codes_at[2] = {at, at + (panels - 1) * apart};
         __asm__("" : "+r"(codes_at[1])); /* one register instead of many sums of addresses */
         if (lanes <= PL_STREAMING_LANES) {

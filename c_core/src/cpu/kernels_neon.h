@@ -190,14 +190,7 @@ INLINE void product_quarters(int low_bits, int two_shift, int one_shift, int sub
         total[t] = vdupq_n_f32(0);
     }
     for (int64_t group = 0; group < groups; group++) {
-        if (pl_has_heads(kind) && group % PL_HEAD_GROUPS == 0) {
-            head = at;
-            at += PL_LINE_BYTES;
-        }
-        if (group % in_line == 0) {
-            line = at;
-            at += PL_LINE_BYTES;
-        }
+        pl_pass_scales(kind, group, &at, &head, &line);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
             int32x4_t sum[2 * MAX_LANES];
